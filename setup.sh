@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Makes a Debian 12 or 13 machine ready to build and test supvm: Debian packages, the musl target,
+# cargo-deny. Safe to run as often as wanted: a run with nothing to do needs no root, touches no
+# network and ends in well under a second. It must never change a machine in other ways than these.
+set -euo pipefail
+
+cargo_deny_version=0.20.2
+musl_target=x86_64-unknown-linux-musl
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/supvm
+
+packages=(
+    # Rust crates with C parts, static
+    build-essential musl-tools pkg-config
+    # guest kernel
+    bc bison flex libelf-dev libssl-dev xz-utils zstd kmod cpio
+    # images
+    mmdebstrap debian-archive-keyring uidmap e2fsprogs xfsprogs squashfs-tools
+    # downloads and tests
+    ca-certificates curl
+    # the emulated server
+    qemu-system-x86 qemu-utils
+)
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# shellcheck source=/dev/null
+. /etc/os-release
+[ "${ID:-}" = debian ] || die "this is ${PRETTY_NAME:-an unknown system}; set-up knows Debian 12 and 13 only"
+case "${VERSION_ID:-}" in
+12 | 13) ;;
+*) die "this is Debian ${VERSION_ID:-unknown}; set-up knows Debian 12 and 13 only" ;;
+esac
+[ "$(uname -m)" = x86_64 ] || die "this is $(uname -m); supvm is built on x86_64 only"
+command -v cargo >/dev/null || die "cargo is missing: install Rust with rustup first"
+command -v rustup >/dev/null || die "rustup is missing: the musl target comes from it"
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    else
+        command -v sudo >/dev/null || die "root is needed for: $* (and sudo is missing)"
+        say "root is needed, by sudo, for: $*"
+        sudo "$@"
+    fi
+}
+
+missing=()
+mapfile -t present < <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "${packages[@]}" 2>/dev/null |
+    awk '$2 == "installed" { print $1 }')
+for package in "${packages[@]}"; do
+    case " ${present[*]} " in
+    *" $package "*) ;;
+    *) missing+=("$package") ;;
+    esac
+done
+
+# Debian 12's own QEMU (7.2) conflicts with a newer qemu-utils and emulates less of AMD's
+# virtualization; its backports carry QEMU 10. The mirror is the one this machine already uses.
+add_backports() {
+    local list=/etc/apt/sources.list.d/supvm-backports.sources mirror
+    if apt-get indextargets --format '$(RELEASE)' 'Identifier: Packages' | grep -qx bookworm-backports; then
+        return
+    fi
+    mirror=$(apt-get indextargets --format '$(RELEASE) $(ORIGIN) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' |
+        awk '$1 == "bookworm" && $2 == "Debian" && $3 == "main" { print $4; exit }')
+    if [ -z "$mirror" ]; then # before the first `apt-get update` the origin is not known
+        mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' |
+            awk '$1 == "bookworm" && $2 == "main" { print $3; exit }')
+    fi
+    [ -n "$mirror" ] || die "no apt source for bookworm main found; add one, then run this again"
+    say "adding bookworm-backports to apt ($list)"
+    printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\nSigned-By: %s\n' \
+        "$mirror" /usr/share/keyrings/debian-archive-keyring.gpg | as_root tee "$list" >/dev/null
+}
+
+install() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -y -qq -o Dpkg::Use-Pty=0 install \
+        --no-install-recommends "$@"
+}
+
+if [ "${#missing[@]}" -gt 0 ]; then
+    say "installing Debian packages: ${missing[*]}"
+    plain=() qemu=()
+    for package in "${missing[@]}"; do
+        case "$VERSION_ID $package" in
+        '12 qemu-'*) qemu+=("$package") ;;
+        *) plain+=("$package") ;;
+        esac
+    done
+    if [ "${#qemu[@]}" -gt 0 ]; then add_backports; fi
+    as_root apt-get -qq update
+    if [ "${#plain[@]}" -gt 0 ]; then install "${plain[@]}"; fi
+    # The target release carries over to what these depend on, so they get a call of their own.
+    if [ "${#qemu[@]}" -gt 0 ]; then install -t bookworm-backports "${qemu[@]}"; fi
+fi
+
+# What rust-toolchain.toml names (toolchain and target) is installed by rustup when it is missing.
+sysroot=$(cd "$(dirname "$0")" && rustc --print sysroot)
+if [ ! -d "$sysroot/lib/rustlib/$musl_target" ]; then
+    say "adding the Rust target $musl_target"
+    (cd "$(dirname "$0")" && rustup target add "$musl_target")
+fi
+
+deny=$cache/cargo-deny-$cargo_deny_version
+if [ ! -x "$deny/bin/cargo-deny" ]; then
+    say "building cargo-deny $cargo_deny_version into $deny (a few minutes, once)"
+    mkdir -p "$cache"
+    staging=$(mktemp -d "$cache/.cargo-deny.XXXXXX")
+    trap 'rm -rf "$staging"' EXIT
+    cargo install --quiet --locked --version "$cargo_deny_version" --root "$staging" \
+        --target-dir "$staging/target" cargo-deny
+    rm -rf "$staging/target"
+    chmod 755 "$staging"
+    # Another run may have finished first; its result is as good as ours.
+    mv -T "$staging" "$deny" 2>/dev/null || [ -x "$deny/bin/cargo-deny" ]
+fi
