@@ -1,0 +1,20 @@
+//! The log of every role: one line per event on standard error, which the supervisor hands to each
+//! process. Never more than that: no files, no network.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+/// Environment variable with the level or filter, which the supervisor passes on to every role.
+pub const VARIABLE: &str = "SUPVM_LOG";
+
+/// Starts logging at the level that [`VARIABLE`] names, or at `info`.
+pub fn start() {
+    let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let _ = tracing_subscriber::fmt()
+        .compact()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
+}

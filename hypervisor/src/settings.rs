@@ -1,0 +1,1 @@
+//! Settings: `supvm.toml`, parsed into typed values.
