@@ -24,7 +24,7 @@ impl Channel {
     /// Takes a connected socket. It is set to non-blocking.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         set_nonblocking(socket.as_fd())?;
-        Ok(Self(AsyncFd::register(socket)?))
+        register(socket).map(Self)
     }
 
     /// Connects to the listening socket at `path`.
@@ -36,7 +36,7 @@ impl Channel {
             None,
         )?;
         connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        Ok(Self(AsyncFd::register(socket)?))
+        register(socket).map(Self)
     }
 
     /// Two channels that are connected to each other.
@@ -92,10 +92,7 @@ impl ChannelListener {
     /// Takes a socket that listens already. It is set to non-blocking.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         set_nonblocking(socket.as_fd())?;
-        Ok(Self(AsyncFd::register_with_interest(
-            socket,
-            Interest::READABLE,
-        )?))
+        register(socket).map(Self)
     }
 
     /// The next peer that connects.
@@ -113,6 +110,12 @@ impl ChannelListener {
             }
         }
     }
+}
+
+fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned, and neither closed nor replaced before the AsyncFd is
+    // dropped: nothing here takes it out again.
+    unsafe { AsyncFd::register(socket) }.map_err(io::Error::from)
 }
 
 fn own(number: std::os::fd::RawFd) -> OwnedFd {
