@@ -7,3 +7,5 @@ pub mod descriptors;
 pub mod log;
 pub mod role;
 pub mod settings;
+pub mod supervisor;
+pub mod token;

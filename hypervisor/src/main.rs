@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use hypervisor::descriptors::Descriptors;
-use hypervisor::{control, log, role};
+use hypervisor::supervisor::{name_process, serve};
+use hypervisor::{control, log, role, token};
 
 /// Turns a server into a place that hands out Linux virtual machines.
 #[derive(Parser)]
@@ -17,18 +18,25 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Role {
+    /// Serves VMs on an ordinary Linux host.
+    Serve(serve::ServeArgs),
+    /// Makes a token and prints it with the lines that let it in.
+    Token(token::TokenArgs),
+    /// Prints the version.
+    Version,
     /// Lifecycle, disks, registry (started by the supervisor).
     #[command(hide = true)]
     Control(role::ControlArgs),
-    /// Prints the version.
-    Version,
+    /// Everything that talks to the world (started by the supervisor).
+    #[command(hide = true)]
+    Proxy,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let role = Arguments::parse().role;
     log::start();
-    match run(arguments.role) {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(role) {
+        Ok(code) => code,
         Err(error) => {
             tracing::error!(%error, "stopped");
             ExitCode::FAILURE
@@ -36,12 +44,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(role: Role) -> Result<(), Box<dyn std::error::Error>> {
+fn run(role: Role) -> Result<ExitCode, Box<dyn std::error::Error>> {
     match role {
+        Role::Serve(arguments) => serve::run(&arguments)?,
+        Role::Token(arguments) => print!("{}", token::make(&arguments)?),
+        Role::Version => println!("supvm {}", env!("CARGO_PKG_VERSION")),
         Role::Control(arguments) => {
+            name_process("control");
             control::run(Descriptors::take_from_environment()?, arguments)?;
         }
-        Role::Version => println!("supvm {}", env!("CARGO_PKG_VERSION")),
+        Role::Proxy => {
+            use protocol::host::proxy::descriptor::{API, LISTEN};
+            name_process("proxy");
+            let mut descriptors = Descriptors::take_from_environment()?;
+            proxy::run(descriptors.take(LISTEN)?, descriptors.take(API)?)?;
+        }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
