@@ -1,0 +1,171 @@
+//! The guest root: Debian 13 with the promised programs, as a sparse ext4 image that grows online.
+//! Nothing of the building machine may be in it: no name, no resolver, no log, no list.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::{Kitchen, RecipeError};
+use crate::cache::Inputs;
+use crate::debian;
+use crate::files::{self, AtPath as _};
+use crate::progress::Progress;
+use crate::tool::{self, Tool};
+
+/// The template's name and version: part of its directory's name on every appliance. The version
+/// moves with what is in it, so that a new one is imported beside the old.
+pub(crate) const NAME: &str = "debian";
+pub(crate) const VERSION: &str = "13.1";
+
+const ARTIFACT: &str = "guest-root";
+const SUITE: &str = "trixie";
+const FINISH: &str = include_str!("guest_root.sh");
+
+/// Identity of the file system and date of everything in it: 2025-08-09, the day of Debian 13.
+const UUID: &str = "73757076-6d00-4000-8000-000000000001";
+const HASH_SEED: &str = "73757076-6d00-4000-8000-000000000002";
+const EPOCH: &str = "1754697600";
+
+const PACKAGES: &[&str] = &[
+    "bash",
+    "build-essential",
+    "ca-certificates",
+    "coreutils",
+    "curl",
+    "ffmpeg",
+    "file",
+    "git",
+    "imagemagick",
+    "iproute2",
+    "iputils-ping",
+    "jq",
+    "less",
+    "nodejs",
+    "npm",
+    "openssh-client",
+    "procps",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "sqlite3",
+    "sudo",
+    "unzip",
+    "vim-tiny",
+    "wget",
+    "xz-utils",
+    "zip",
+    "zstd",
+];
+
+/// Run by mmdebstrap with the new root as `$1`, before it clears apt's lists away.
+const CHECKS: [&str; 2] = [
+    r#"chroot "$1" apt-get check"#,
+    r#"chroot "$1" dpkg --audit > "$1/tmp/audit" && chroot "$1" dpkg-query -W > "$1/tmp/packages""#,
+];
+
+/// What the appliance reads beside the image.
+#[derive(Serialize)]
+struct Template<'a> {
+    name: &'a str,
+    version: &'a str,
+    disk_bytes: u64,
+    description: &'a str,
+}
+
+/// `debian@13.1`.
+pub(crate) fn label() -> String {
+    format!("{NAME}@{VERSION}")
+}
+
+/// The directory with `disk.img`, `template.toml` and `packages.txt`.
+///
+/// The suite's package versions are not part of the key: they are another release's than this
+/// machine's, and asking for them would put the network into every build. [`VERSION`] is; what was
+/// installed is written down in `packages.txt`.
+pub(crate) fn make(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
+    let mut inputs = Inputs::new("guest-root 1");
+    inputs
+        .add("finish", FINISH)
+        .add("suite", SUITE)
+        .add("version", VERSION)
+        .add("packages", PACKAGES.join(","))
+        .add("checks", CHECKS.join(";"))
+        .add("identity", [UUID, HASH_SEED, EPOCH].join(","));
+    for tool in ["mmdebstrap", "e2fsprogs"] {
+        inputs.add(tool, debian::installed_version(tool));
+    }
+    kitchen
+        .cache
+        .ensure(ARTIFACT, &inputs.key(), |out| build(kitchen, out))
+}
+
+fn build(kitchen: &Kitchen, out: &Path) -> Result<(), RecipeError> {
+    let log = kitchen.log(ARTIFACT);
+    let mut progress = Progress::start(ARTIFACT);
+    let tar = out.join("root.tar");
+    let (audit, packages) = (out.join("audit.txt"), out.join("packages.txt"));
+
+    progress.phase("installing Debian 13 with mmdebstrap");
+    let mut install = Tool::new("mmdebstrap")
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .args(["--variant=minbase", "--format=tar", "--skip=output/dev"])
+        .arg(if tool::is_root() {
+            "--mode=root"
+        } else {
+            "--mode=unshare"
+        })
+        .arg(format!("--include={}", PACKAGES.join(",")));
+    for check in CHECKS {
+        install = install.arg(format!("--customize-hook={check}"));
+    }
+    install
+        .arg(format!(
+            "--customize-hook=download /tmp/audit {}",
+            audit.display()
+        ))
+        .arg(format!(
+            "--customize-hook=download /tmp/packages {}",
+            packages.display()
+        ))
+        .arg(SUITE)
+        .arg(&tar)
+        .run(&log, &mut progress)?;
+    let complaints = files::read_text(&audit)?;
+    if !complaints.trim().is_empty() {
+        return Err(RecipeError::Audit(complaints));
+    }
+
+    progress.phase("writing the ext4 image");
+    let script = out.join("finish.sh");
+    files::replace(&script, FINISH.as_bytes())?;
+    let disk = out.join("disk.img");
+    // Files keep their owners in it: root of this machine, or root of a user namespace.
+    let finish = if tool::is_root() {
+        Tool::new("sh")
+    } else {
+        Tool::new("unshare").args(["--map-root-user", "--map-auto", "--", "sh"])
+    };
+    finish
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .env("UUID", UUID)
+        .env("HASH_SEED", HASH_SEED)
+        .arg(&script)
+        .arg(&tar)
+        .arg(out.join("work"))
+        .arg(&disk)
+        .run(&log, &mut progress)?;
+
+    let disk_bytes = std::fs::metadata(&disk).at("look at", &disk)?.len();
+    let template = toml::to_string(&Template {
+        name: NAME,
+        version: VERSION,
+        disk_bytes,
+        description: "Debian 13 (trixie) with Python, Node.js, a C compiler, git, ImageMagick, FFmpeg",
+    })?;
+    files::replace(&out.join("template.toml"), template.as_bytes())?;
+    for done in [&tar, &script, &audit] {
+        std::fs::remove_file(done).at("remove", done)?;
+    }
+    progress.done(&format!("built, {} MiB", disk_bytes >> 20));
+    Ok(())
+}
