@@ -1,0 +1,76 @@
+//! Control's side of the API: one control at a time, the newest. It says what to serve, gets the
+//! clients' requests and answers them. Its end disturbs no client: requests wait at the desk.
+
+use std::sync::Arc;
+
+use protocol::Message;
+use protocol::host::channel::{ChannelError, Packet};
+use protocol::host::proxy::{ApiReply, Serve};
+
+use super::Shared;
+use super::desk::Outgoing;
+use super::listen::Listening;
+use crate::channel::{Channel, ChannelListener};
+
+/// Accepts controls for ever; the newest replaces the one before.
+pub(crate) async fn accept(
+    listener: ChannelListener,
+    shared: Arc<Shared>,
+) -> Result<(), std::io::Error> {
+    let listening = Arc::new(tokio::sync::Mutex::new(Listening::default()));
+    let mut current: Option<tokio::task::JoinHandle<()>> = None;
+    loop {
+        let channel = listener.accept().await?;
+        if let Some(task) = current.take() {
+            task.abort();
+        }
+        let incarnation = shared.desk.connected();
+        tracing::info!(incarnation, "control connected");
+        let shared = Arc::clone(&shared);
+        let listening = Arc::clone(&listening);
+        current = Some(tokio::spawn(async move {
+            let result = tokio::select! {
+                result = receive(&channel, &shared, &listening) => result,
+                result = send(&channel, &shared, incarnation) => result,
+            };
+            match result {
+                Ok(()) => tracing::info!(incarnation, "control left"),
+                Err(error) => tracing::error!(incarnation, %error, "control's channel broke"),
+            }
+            shared.desk.disconnected(incarnation);
+        }));
+    }
+}
+
+async fn receive(
+    channel: &Channel,
+    shared: &Arc<Shared>,
+    listening: &tokio::sync::Mutex<Listening>,
+) -> Result<(), ChannelError> {
+    while let Some(Packet { frame, descriptors }) = channel.receive().await? {
+        match frame.kind {
+            Serve::KIND => {
+                let serve: Serve = protocol::decode(&frame)?;
+                let serving = listening.lock().await.apply(&serve, shared).await;
+                channel.send(&serving, &[]).await?;
+            }
+            ApiReply::KIND => {
+                let reply: ApiReply = protocol::decode(&frame)?;
+                shared.desk.answered(reply, descriptors);
+            }
+            // A newer control may say more than this proxy knows.
+            kind => tracing::warn!(%kind, "message from control ignored"),
+        }
+    }
+    Ok(())
+}
+
+async fn send(channel: &Channel, shared: &Shared, incarnation: u64) -> Result<(), ChannelError> {
+    while let Some(outgoing) = shared.desk.next(incarnation).await {
+        match outgoing {
+            Outgoing::Request(request) => channel.send(&*request, &[]).await?,
+            Outgoing::Abandoned(abandoned) => channel.send(&abandoned, &[]).await?,
+        }
+    }
+    Ok(())
+}
