@@ -1,0 +1,237 @@
+//! A vCPU's thread: runs the guest, answers its exits, tells why it ended. It is stopped from
+//! outside by a signal that makes the next KVM_RUN return at once. Whatever a guest does here ends
+//! at worst its own machine.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread::JoinHandle;
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::ending::{Cause, Teller};
+use crate::platform::Platform;
+use crate::seccomp;
+
+/// Why a vCPU's thread cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VcpuError {
+    /// No signal handler.
+    #[error("installing the handler that stops vCPUs: {0}")]
+    Handler(vmm_sys_util::errno::Error),
+    /// No thread.
+    #[error("starting a vCPU's thread: {0}")]
+    Thread(io::Error),
+}
+
+thread_local! {
+    /// The page that this thread's vCPU shares with KVM; null while there is none.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let run = RUN.get();
+    if !run.is_null() {
+        // SAFETY: the page is mapped as long as the pointer is set, which only this thread changes.
+        unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+    }
+}
+
+/// A thread's stack: its loop is flat, devices have threads of their own.
+const STACK: usize = 256 << 10;
+
+/// The threads of a machine.
+pub(crate) struct Vcpus {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU; they wait at `gate` before the first instruction.
+    pub(crate) fn start(
+        vcpus: Vec<VcpuFd>,
+        platform: &Arc<Platform>,
+        teller: &Teller,
+        gate: &Arc<Barrier>,
+    ) -> Result<Self, VcpuError> {
+        register_signal_handler(SIGRTMIN(), interrupt).map_err(VcpuError::Handler)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        for (number, mut vcpu) in vcpus.into_iter().enumerate() {
+            let (platform, teller) = (Arc::clone(platform), teller.clone());
+            let (gate, stop) = (Arc::clone(gate), Arc::clone(&stop));
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{number}"))
+                .stack_size(STACK)
+                .spawn(move || {
+                    gate.wait();
+                    let end = catch_unwind(AssertUnwindSafe(|| {
+                        seccomp::confine_vcpu()
+                            .map_err(|error| Cause::Failed(error.to_string()))
+                            .err()
+                            .or_else(|| run(&mut vcpu, &platform, &stop))
+                    }));
+                    RUN.set(ptr::null_mut());
+                    let cause = end.unwrap_or_else(|panic| {
+                        Some(Cause::Failed(format!("vCPU {number}: {}", what(&*panic))))
+                    });
+                    if let Some(cause) = cause {
+                        teller.tell(cause);
+                    }
+                })
+                .map_err(VcpuError::Thread)?;
+            threads.push(thread);
+        }
+        Ok(Self { stop, threads })
+    }
+
+    /// Stops every vCPU and waits until they stand.
+    pub(crate) fn stop(self) {
+        self.stop.store(true, Ordering::SeqCst);
+        for thread in &self.threads {
+            // SAFETY: the thread has not been joined, so its identifier is still its own.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
+        for thread in self.threads {
+            // A panic was caught and told inside.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn what(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("for an unknown reason"))
+}
+
+/// Runs the guest until the machine is stopped (none) or ends.
+fn run(vcpu: &mut VcpuFd, platform: &Platform, stop: &AtomicBool) -> Option<Cause> {
+    RUN.set(ptr::from_mut(vcpu.get_kvm_run()));
+    loop {
+        // Looked at after the signal's pointer is set: a stop comes either before this, and is
+        // seen, or after it, and makes the next run return at once.
+        if stop.load(Ordering::SeqCst) {
+            return None;
+        }
+        let end = match vcpu.run() {
+            Ok(exit) => handle(exit, platform),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) => Some(Cause::Failed(format!("KVM_RUN: {error}"))),
+        };
+        if let Some(cause) = end {
+            if matches!(cause, Cause::Failed(_) | Cause::TripleFault) {
+                log_registers(vcpu, &cause);
+            }
+            return Some(cause);
+        }
+    }
+}
+
+/// Answers one exit; a cause if it was the last.
+fn handle(exit: VcpuExit<'_>, platform: &Platform) -> Option<Cause> {
+    match exit {
+        VcpuExit::IoOut(port, data) => return platform.port_write(port, data),
+        VcpuExit::IoIn(port, data) => platform.port_read(port, data),
+        VcpuExit::MmioWrite(address, data) => platform.memory_write(address, data),
+        VcpuExit::MmioRead(address, data) => platform.memory_read(address, data),
+        VcpuExit::Shutdown => return Some(Cause::TripleFault),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+        VcpuExit::SystemEvent(kind, _) => return Some(system_event(kind)),
+        VcpuExit::FailEntry(reason, cpu) => {
+            return Some(Cause::Failed(format!(
+                "the processor refused the guest's state: reason {reason:#x} on CPU {cpu}"
+            )));
+        }
+        VcpuExit::InternalError => {
+            return Some(Cause::Failed("KVM_EXIT_INTERNAL_ERROR".to_owned()));
+        }
+        other => return Some(Cause::Failed(format!("unexpected exit: {other:?}"))),
+    }
+    None
+}
+
+fn system_event(kind: u32) -> Cause {
+    match kind {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Cause::PoweredOff,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => Cause::Reset,
+        kvm_bindings::KVM_SYSTEM_EVENT_CRASH => Cause::GuestPanic,
+        other => Cause::Failed(format!("unexpected system event {other}")),
+    }
+}
+
+fn log_registers(vcpu: &VcpuFd, cause: &Cause) {
+    if let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) {
+        tracing::error!(
+            %cause,
+            rip = format_args!("{:#x}", regs.rip),
+            rsp = format_args!("{:#x}", regs.rsp),
+            rflags = format_args!("{:#x}", regs.rflags),
+            cr0 = format_args!("{:#x}", sregs.cr0),
+            cr2 = format_args!("{:#x}", sregs.cr2),
+            cr3 = format_args!("{:#x}", sregs.cr3),
+            cr4 = format_args!("{:#x}", sregs.cr4),
+            efer = format_args!("{:#x}", sregs.efer),
+            "vCPU cannot go on"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::console_log::ConsoleLog;
+    use crate::model;
+    use crate::serial::Console;
+
+    fn platform() -> Platform {
+        let log = ConsoleLog::new(tempfile::tempfile().unwrap()).unwrap();
+        Platform::new(Console::new(Arc::new(log)).unwrap(), Vec::new())
+    }
+
+    #[test]
+    fn each_exit_that_ends_a_machine_has_its_reason() {
+        let platform = platform();
+        let s5 = [5 << 2 | 1 << 5];
+        let cases = [
+            (
+                VcpuExit::IoOut(model::SLEEP_CONTROL_PORT, &s5),
+                Some(Cause::PoweredOff),
+            ),
+            (VcpuExit::IoOut(model::RESET_PORT, &[1]), Some(Cause::Reset)),
+            (
+                VcpuExit::IoOut(model::PVPANIC_PORT, &[1]),
+                Some(Cause::GuestPanic),
+            ),
+            (VcpuExit::Shutdown, Some(Cause::TripleFault)),
+            (VcpuExit::IoOut(model::COM1_PORT, b"x"), None),
+            (VcpuExit::MmioWrite(0xdead_0000, &[0; 4]), None),
+        ];
+        for (exit, expected) in cases {
+            let name = format!("{exit:?}");
+            assert_eq!(handle(exit, &platform), expected, "{name}");
+        }
+        for exit in [
+            VcpuExit::InternalError,
+            VcpuExit::FailEntry(1, 0),
+            VcpuExit::Hlt,
+        ] {
+            let name = format!("{exit:?}");
+            assert!(
+                matches!(handle(exit, &platform), Some(Cause::Failed(_))),
+                "{name}"
+            );
+        }
+    }
+}
