@@ -67,10 +67,6 @@ impl Ring {
         }
     }
 
-    pub(super) fn index(&self) -> usize {
-        self.index
-    }
-
     pub(super) fn memory(&self) -> &GuestMemory {
         &self.memory
     }

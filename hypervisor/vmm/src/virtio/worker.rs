@@ -74,6 +74,9 @@ pub(super) trait Device: Send + 'static {
         let _ = reset;
     }
 
+    /// The device asks to be reset; it is not called for its queues until then.
+    fn broke(&mut self) {}
+
     /// The machine ends: what was accepted is made durable.
     fn finish(&mut self) {}
 
@@ -257,8 +260,7 @@ impl Thread {
                         }
                     }
                     token if token >= DEVICE_TOKENS => {
-                        let set = event.event_set();
-                        self.run_device(|device, rings| device.stirred(token, set, rings));
+                        self.stirred(token, event.event_set());
                     }
                     token => self.kicked(usize::try_from(token).unwrap_or(usize::MAX)),
                 }
@@ -273,6 +275,14 @@ impl Thread {
         }
         if self.live && !self.interrupt.needs_reset() {
             self.run_device(|device, rings| device.kicked(queue, rings));
+        }
+    }
+
+    fn stirred(&mut self, token: u64, events: EventSet) {
+        if self.live && !self.interrupt.needs_reset() {
+            self.run_device(|device, rings| device.stirred(token, events, rings));
+        } else {
+            self.run_device(|device, _| device.stirred(token, events, &mut Rings::new()));
         }
     }
 
@@ -355,8 +365,14 @@ impl Thread {
     }
 
     fn break_device(&mut self, reason: Broken) {
-        if !self.interrupt.needs_reset() {
-            self.interrupt.break_device(reason);
+        if self.interrupt.needs_reset() {
+            return;
+        }
+        self.interrupt.break_device(reason);
+        if let Some(device) = self.device.as_mut()
+            && catch_unwind(AssertUnwindSafe(|| device.broke())).is_err()
+        {
+            self.device = None;
         }
     }
 }

@@ -3,32 +3,31 @@
 //! taken as the agent's doorbell. Bytes go between the guest and a socket that the machine was
 //! handed, with back-pressure in both directions.
 
+mod connection;
+mod device;
 mod events;
+mod host;
+mod link;
+mod packet;
 mod state;
 
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 pub use self::events::{VsockEvent, VsockEventReceiver, VsockEvents};
+pub use self::host::VsockHost;
 pub use self::state::VsockState;
 
-use super::fault::FaultSink;
+use self::device::VsockDevice;
+use self::host::Inbox;
+use super::fault::{DeviceKind, FaultSink};
 use super::{GuestMemory, VirtioMmio};
 
 /// The port of the guest's agent, and of the doorbell it rings on the host.
 pub const AGENT_PORT: u32 = 1024;
 
-/// The host's end of vsock: opens streams into the guest.
-#[derive(Debug)]
-pub struct VsockHost {}
-
-impl VsockHost {
-    /// Opens a stream to the guest's `port` and joins it to `stream`, which must not block. What
-    /// became of it comes as an event with the same `ticket`.
-    pub fn connect(&self, ticket: u64, port: u32, wait_for_agent: bool, stream: UnixStream) {
-        let _ = (ticket, port, wait_for_agent, stream);
-    }
-}
+/// Most connections at a time.
+pub const MOST_CONNECTIONS: usize = 1024;
 
 /// vsock for the guest with this CID.
 pub fn vsock(
@@ -37,6 +36,8 @@ pub fn vsock(
     faults: FaultSink,
     events: VsockEvents,
 ) -> io::Result<(VirtioMmio, VsockHost)> {
-    let _ = (memory, guest_cid, faults, events);
-    Err(io::ErrorKind::Unsupported.into())
+    let inbox = Arc::new(Inbox::new(events)?);
+    let device = VsockDevice::new(guest_cid, Arc::clone(&inbox));
+    let mmio = VirtioMmio::new(DeviceKind::Vsock, memory, Box::new(device), faults)?;
+    Ok((mmio, VsockHost(inbox)))
 }
