@@ -1,0 +1,272 @@
+//! What an appliance can be asked: lifecycle requests, each on a stream of its own, and streams to
+//! the agents of VMs. A request that failed for the appliance's own reasons is repeated a few times
+//! where the appliance says that it is safe.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::hello::Limits;
+use protocol::id::{IdempotencyKey, VmId};
+use protocol::vm::{
+    CreateVm, DeleteVm, Deleted, GetVm, ListVms, OpenVm, Opened, StartVm, StopVm, VmInfo, VmPage,
+    VmRef,
+};
+use protocol::{ErrorCode, Fault, Message, Retry};
+
+use crate::connection::{Connection, Place};
+use crate::endpoint::Endpoint;
+use crate::error::ClientError;
+use crate::exec::{Command, Execution};
+use crate::frames::{self, Frames};
+use crate::trust::Trust;
+
+/// How often a request is repeated.
+const RETRIES: u32 = 5;
+
+/// The longest pause before a repeated request, whatever the appliance asks for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A create request with a fresh key and nothing but defaults.
+pub fn new_vm() -> Result<CreateVm, ClientError> {
+    let mut key = [0; 16];
+    getrandom::fill(&mut key).map_err(ClientError::Random)?;
+    Ok(CreateVm {
+        key: IdempotencyKey(key),
+        template: None,
+        name: None,
+        cpus: None,
+        memory_mib: None,
+        disk_mib: None,
+        labels: Vec::new(),
+        env: Vec::new(),
+    })
+}
+
+/// A connection to an appliance. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Client {
+    connection: Arc<Connection>,
+}
+
+impl Client {
+    /// Connects and is let in.
+    pub async fn connect(
+        endpoint: Endpoint,
+        token: String,
+        trust: Trust,
+    ) -> Result<Self, ClientError> {
+        let connection = Connection::new(&endpoint, &token, &trust).await?;
+        Ok(Self { connection })
+    }
+
+    /// What the appliance allows on this connection.
+    pub fn limits(&self) -> Option<&Limits> {
+        self.connection.limits()
+    }
+
+    /// Makes a VM and waits until it is ready. The request's key makes a repeat harmless.
+    pub async fn create(&self, request: CreateVm) -> Result<VmInfo, ClientError> {
+        self.request(&request).await
+    }
+
+    /// One VM.
+    pub async fn get(&self, vm: VmRef) -> Result<VmInfo, ClientError> {
+        self.request(&GetVm { vm }).await
+    }
+
+    /// One page of the VMs, those after `after`.
+    pub async fn list_page(&self, after: Option<VmId>, limit: u16) -> Result<VmPage, ClientError> {
+        self.request(&ListVms { after, limit }).await
+    }
+
+    /// All VMs, ordered by identifier.
+    pub async fn list(&self) -> Result<Vec<VmInfo>, ClientError> {
+        let mut all: Vec<VmInfo> = Vec::new();
+        loop {
+            let after = all.last().map(|vm| vm.id.clone());
+            let page = self.list_page(after.clone(), 0).await?;
+            // An appliance that turns in circles would keep us here for ever.
+            let ordered = after
+                .iter()
+                .chain(page.vms.iter().map(|vm| &vm.id))
+                .is_sorted_by(|one, next| one < next);
+            if !ordered || (page.more && page.vms.is_empty()) {
+                return Err(ClientError::Broken("the list is not in order".into()));
+            }
+            all.extend(page.vms);
+            if !page.more {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Stops a VM and waits until it is off.
+    pub async fn stop(&self, vm: VmRef, deadline_ms: Option<u32>) -> Result<VmInfo, ClientError> {
+        self.request(&StopVm { vm, deadline_ms }).await
+    }
+
+    /// Starts a VM and waits until it is ready.
+    pub async fn start(&self, vm: VmRef) -> Result<VmInfo, ClientError> {
+        self.request(&StartVm { vm }).await
+    }
+
+    /// Deletes a VM and waits until nothing of it is left.
+    pub async fn delete(&self, vm: VmRef) -> Result<(), ClientError> {
+        let mut repeated = false;
+        let result = self
+            .repeating::<_, Deleted>(&DeleteVm { vm }, |_| repeated = true)
+            .await;
+        match result {
+            Ok(_) => Ok(()),
+            // The first attempt did it; only its answer was lost.
+            Err(error) if repeated && error.code() == Some(ErrorCode::VmNotFound) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A VM to run commands in. Nothing is asked yet.
+    pub fn vm(&self, vm: VmRef) -> Vm {
+        Vm {
+            client: self.clone(),
+            vm,
+        }
+    }
+
+    async fn request<Q: Message, A: Message>(&self, request: &Q) -> Result<A, ClientError> {
+        self.repeating(request, |_| ()).await
+    }
+
+    async fn repeating<Q: Message, A: Message>(
+        &self,
+        request: &Q,
+        mut before_repeat: impl FnMut(&ClientError),
+    ) -> Result<A, ClientError> {
+        let mut repeats = 0;
+        loop {
+            let error = match self.once(request).await {
+                Ok((answer, _)) => return Ok(answer),
+                Err(error) => error,
+            };
+            let Some(pause) = pause_before_repeat(&error, repeats) else {
+                return Err(error);
+            };
+            before_repeat(&error);
+            tokio::time::sleep(pause).await;
+            repeats = repeats.saturating_add(1);
+        }
+    }
+
+    /// One request and its answer; the stream may be the agent's after that.
+    async fn once<Q: Message, A: Message>(
+        &self,
+        request: &Q,
+    ) -> Result<(A, (Frames<Io>, Place)), ClientError> {
+        let mut stream = self.connection.stream().await?;
+        let explain = |error| self.connection.explain(error);
+        frames::write(&mut stream.io, request)
+            .await
+            .map_err(explain)?;
+        let mut frames = Frames::new(stream.io);
+        let frame = frames
+            .next()
+            .await
+            .map_err(explain)?
+            .ok_or_else(|| self.connection.lost())?;
+        Ok((protocol::decode(&frame)?, (frames, stream.place)))
+    }
+}
+
+type Io = tokio_util::compat::Compat<yamux::Stream>;
+
+/// How long to wait before a repeat; none when there shall be none.
+fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<Duration> {
+    let ClientError::Refused(body) = error else {
+        return None;
+    };
+    if body.fault != Fault::Host || repeats >= RETRIES {
+        return None;
+    }
+    match body.retry {
+        Retry::Safe => Some(Duration::from_millis(50).saturating_mul(1_u32 << repeats.min(6))),
+        Retry::AfterMs => {
+            Some(Duration::from_millis(body.retry_after_ms.into()).min(LONGEST_PAUSE))
+        }
+        _ => None,
+    }
+}
+
+/// One VM of an appliance.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    client: Client,
+    vm: VmRef,
+}
+
+impl Vm {
+    /// Opens a stream to the VM's agent, starting the VM if it is stopped.
+    pub async fn open(&self) -> Result<AgentStream, ClientError> {
+        let request = OpenVm {
+            vm: self.vm.clone(),
+        };
+        let mut repeats = 0;
+        loop {
+            let error = match self.client.once::<_, Opened>(&request).await {
+                Ok((opened, (frames, place))) => {
+                    let (io, before) = frames.into_parts();
+                    return Ok(AgentStream {
+                        opened,
+                        io,
+                        before,
+                        place,
+                    });
+                }
+                Err(error) => error,
+            };
+            let Some(pause) = pause_before_repeat(&error, repeats) else {
+                return Err(error);
+            };
+            tokio::time::sleep(pause).await;
+            repeats = repeats.saturating_add(1);
+        }
+    }
+
+    /// Runs a command.
+    pub async fn exec(&self, command: Command) -> Result<Execution, ClientError> {
+        let request = command.into_request()?;
+        let stream = self.open().await?;
+        Execution::start(stream, &request).await
+    }
+}
+
+/// A stream to a VM's agent.
+#[derive(Debug)]
+pub struct AgentStream {
+    /// Which VM, and which of its runs.
+    pub opened: Opened,
+    pub(crate) io: Io,
+    pub(crate) before: Vec<u8>,
+    pub(crate) place: Place,
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::ErrorBody;
+
+    use super::*;
+
+    #[test]
+    fn only_the_appliances_own_faults_are_repeated_and_only_where_it_is_safe() {
+        let host = ErrorBody::host(ErrorCode::Unavailable, "x");
+        let pause = |body: &ErrorBody, repeats| {
+            pause_before_repeat(&ClientError::Refused(body.clone()), repeats)
+        };
+        assert!(pause(&host, 0).is_none());
+        assert!(pause(&host.clone().retryable(), 0).is_some());
+        assert!(pause(&host.clone().retryable(), RETRIES).is_none());
+        let for_ever = host.retryable_after_ms(u32::MAX);
+        assert_eq!(pause(&for_ever, 1), Some(LONGEST_PAUSE));
+        let caller = ErrorBody::caller(ErrorCode::Busy, "x").retryable();
+        assert!(pause(&caller, 0).is_none());
+        assert!(pause_before_repeat(&ClientError::AgentGone, 0).is_none());
+    }
+}

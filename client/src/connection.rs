@@ -1,0 +1,199 @@
+//! One connection: yamux driven by a task of its own, streams on demand, never more at once than
+//! the appliance allows. It ends when the last stream and the last handle on it are gone.
+
+use std::future::poll_fn;
+use std::sync::{Arc, OnceLock};
+use std::task::Poll;
+use std::time::Duration;
+
+use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+
+use crate::endpoint::Endpoint;
+use crate::error::ClientError;
+use crate::frames::{self, Frames};
+use crate::transport::{self, Socket};
+use crate::trust::Trust;
+
+/// How long the appliance may take to accept the token. Its proxy waits for control for 15 s.
+const HELLO: Duration = Duration::from_secs(30);
+
+/// How long a connection that nobody uses any more may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// The most streams we open at once: yamux waits for acknowledgements beyond 256.
+const MOST_STREAMS: u32 = 256;
+
+/// A stream of bytes and its place among those that may be open.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub(crate) io: Compat<yamux::Stream>,
+    pub(crate) place: Place,
+}
+
+/// Held for as long as its stream is open.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _seat: OwnedSemaphorePermit,
+    // Keeps the driver going while the stream is in use.
+    _connection: Arc<Connection>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    open: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    seats: Arc<Semaphore>,
+    limits: OnceLock<Limits>,
+    /// Why it ended.
+    end: Arc<OnceLock<String>>,
+}
+
+impl Connection {
+    /// Connects and says `Hello`.
+    pub(crate) async fn new(
+        endpoint: &Endpoint,
+        token: &str,
+        trust: &Trust,
+    ) -> Result<Arc<Self>, ClientError> {
+        let socket = transport::connect(endpoint, trust).await?;
+        let (open, wanted) = mpsc::channel(16);
+        let end = Arc::new(OnceLock::new());
+        tokio::spawn(drive(socket, wanted, Arc::clone(&end)));
+        let connection = Arc::new(Self {
+            open,
+            seats: Arc::new(Semaphore::new(1)),
+            limits: OnceLock::new(),
+            end,
+        });
+        let limits = tokio::time::timeout(HELLO, connection.hello(token))
+            .await
+            .map_err(|_| ClientError::TooSlow {
+                endpoint: endpoint.clone(),
+                seconds: HELLO.as_secs(),
+            })??;
+        let seats = limits.max_streams.clamp(1, MOST_STREAMS) as usize;
+        connection.seats.add_permits(seats.saturating_sub(1));
+        let _ = connection.limits.set(limits);
+        Ok(connection)
+    }
+
+    async fn hello(self: &Arc<Self>, token: &str) -> Result<Limits, ClientError> {
+        let mut stream = self.stream().await?;
+        let hello = Hello {
+            generation: GENERATION,
+            token: token.to_owned(),
+        };
+        frames::write(&mut stream.io, &hello).await?;
+        let mut frames = Frames::new(&mut stream.io);
+        let frame = frames
+            .next()
+            .await
+            .map_err(|error| self.explain(error))?
+            .ok_or_else(|| self.lost())?;
+        let answer: HelloOk = protocol::decode(&frame)?;
+        if answer.generation == 0 || answer.generation > GENERATION {
+            return Err(ClientError::Broken(format!(
+                "the appliance chose generation {}; we offered {GENERATION}",
+                answer.generation
+            )));
+        }
+        Ok(answer.limits)
+    }
+
+    /// What the appliance allows.
+    pub(crate) fn limits(&self) -> Option<&Limits> {
+        self.limits.get()
+    }
+
+    /// Opens a stream, waiting while as many are open as may be.
+    pub(crate) async fn stream(self: &Arc<Self>) -> Result<Stream, ClientError> {
+        let seat = Arc::clone(&self.seats)
+            .acquire_owned()
+            .await
+            .map_err(|_| self.lost())?;
+        let (reply, stream) = oneshot::channel();
+        self.open.send(reply).await.map_err(|_| self.lost())?;
+        let stream = stream.await.map_err(|_| self.lost())?;
+        Ok(Stream {
+            io: stream.compat(),
+            place: Place {
+                _seat: seat,
+                _connection: Arc::clone(self),
+            },
+        })
+    }
+
+    /// The error for a connection that is gone, with the reason when it is known.
+    pub(crate) fn lost(&self) -> ClientError {
+        let reason = self.end.get().map_or("it was closed", String::as_str);
+        ClientError::Lost(reason.to_owned())
+    }
+
+    /// A stream's own words for a lost connection say less than the connection's.
+    pub(crate) fn explain(&self, error: ClientError) -> ClientError {
+        match error {
+            ClientError::Lost(_) if self.end.get().is_some() => self.lost(),
+            other => other,
+        }
+    }
+}
+
+/// Moves bytes until the peer ends the connection or nobody wants a stream any more.
+async fn drive(
+    socket: Box<dyn Socket>,
+    mut wanted: mpsc::Receiver<oneshot::Sender<yamux::Stream>>,
+    end: Arc<OnceLock<String>>,
+) {
+    // The windows of so many streams, and no more, however the peer tunes them.
+    let mut config = yamux::Config::default();
+    let streams = MOST_STREAMS as usize;
+    config.set_max_num_streams(streams);
+    config.set_max_connection_receive_window(Some(
+        streams.saturating_mul(yamux::DEFAULT_CREDIT as usize),
+    ));
+    let mut connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);
+    let mut asked: Option<oneshot::Sender<yamux::Stream>> = None;
+    let reason = poll_fn(|cx| {
+        loop {
+            if asked.is_none() {
+                match wanted.poll_recv(cx) {
+                    Poll::Ready(Some(reply)) => asked = Some(reply),
+                    Poll::Ready(None) => return Poll::Ready(None),
+                    Poll::Pending => {}
+                }
+            }
+            if asked.is_some() {
+                match connection.poll_new_outbound(cx) {
+                    Poll::Ready(Ok(stream)) => {
+                        if let Some(reply) = asked.take() {
+                            // Whoever asked may have given up; the stream then never existed.
+                            let _ = reply.send(stream);
+                        }
+                        continue;
+                    }
+                    Poll::Ready(Err(error)) => return Poll::Ready(Some(error.to_string())),
+                    Poll::Pending => {}
+                }
+            }
+            match connection.poll_next_inbound(cx) {
+                // An appliance opens no streams; one that does is reset by the drop.
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(error.to_string())),
+                Poll::Ready(None) => return Poll::Ready(Some("the appliance closed it".into())),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    })
+    .await;
+    match reason {
+        Some(reason) => {
+            let _ = end.set(reason);
+        }
+        None => {
+            let goodbye = poll_fn(|cx| connection.poll_close(cx));
+            let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Frames off a stream and onto it. At most one frame and one read's bytes are held.
+
+use protocol::frame::{MAX_BODY, header_for};
+use protocol::{Frame, FrameReader, Kind, Message};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::error::ClientError;
+
+const READ: usize = 64 << 10;
+
+/// Reads frames.
+#[derive(Debug)]
+pub(crate) struct Frames<R> {
+    inner: R,
+    reader: FrameReader,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl<R: AsyncRead + Unpin> Frames<R> {
+    pub(crate) fn new(inner: R) -> Self {
+        Self {
+            inner,
+            reader: FrameReader::new(),
+            buffer: vec![0; READ].into_boxed_slice(),
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// The next frame; none at an end between frames. Dropping the call loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<Option<Frame>, ClientError> {
+        loop {
+            let mut rest = self.buffer.get(self.start..self.end).unwrap_or_default();
+            let frame = self.reader.push(&mut rest)?;
+            self.start = self.end.saturating_sub(rest.len());
+            if frame.is_some() {
+                return Ok(frame);
+            }
+            let count = self
+                .inner
+                .read(&mut self.buffer)
+                .await
+                .map_err(|error| ClientError::Lost(error.to_string()))?;
+            self.start = 0;
+            self.end = count;
+            if count == 0 {
+                self.reader.finish()?;
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Takes it apart: the stream, and what was read beyond the last frame.
+    pub(crate) fn into_parts(self) -> (R, Vec<u8>) {
+        let rest = self.buffer.get(self.start..self.end).unwrap_or_default();
+        (self.inner, rest.to_vec())
+    }
+
+    /// Continues on `inner` behind bytes that were read of it before.
+    pub(crate) fn resume(inner: R, before: &[u8]) -> Self {
+        let mut frames = Self::new(inner);
+        if frames.buffer.len() < before.len() {
+            frames.buffer = before.to_vec().into_boxed_slice();
+        } else if let Some(front) = frames.buffer.get_mut(..before.len()) {
+            front.copy_from_slice(before);
+        }
+        frames.end = before.len();
+        frames
+    }
+}
+
+/// Writes one message.
+pub(crate) async fn write<M: Message, W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    message: &M,
+) -> Result<(), ClientError> {
+    let body = protocol::message::encode_body(message)
+        .map_err(|error| ClientError::Unsendable(error.to_string()))?;
+    write_raw(writer, M::KIND, &body).await
+}
+
+/// Writes one frame.
+pub(crate) async fn write_raw<W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    kind: Kind,
+    body: &[u8],
+) -> Result<(), ClientError> {
+    let header = header_for(kind, body.len()).map_err(|_| {
+        ClientError::Unsendable(format!("{} bytes; at most {MAX_BODY} fit", body.len()))
+    })?;
+    let written = async {
+        writer.write_all(&header).await?;
+        writer.write_all(body).await?;
+        writer.flush().await
+    };
+    written
+        .await
+        .map_err(|error: std::io::Error| ClientError::Lost(error.to_string()))
+}
