@@ -27,7 +27,7 @@ const RATE: u64 = 16 << 10;
 
 /// The log of one machine; shared by all threads.
 #[derive(Debug)]
-pub(crate) struct ConsoleLog {
+pub struct ConsoleLog {
     inner: Mutex<Inner>,
     flush: TimerFd,
 }
@@ -44,7 +44,7 @@ struct Inner {
 
 impl ConsoleLog {
     /// Goes on behind what `file` holds.
-    pub(crate) fn new(file: File) -> io::Result<Self> {
+    pub fn new(file: File) -> io::Result<Self> {
         let length = file.metadata()?.len();
         let mut file = Tail { file, length };
         file.cut()?;
@@ -65,7 +65,7 @@ impl ConsoleLog {
     }
 
     /// Readable when [`flush`](Self::flush) is due.
-    pub(crate) fn flush_due(&self) -> BorrowedFd<'_> {
+    pub fn flush_due(&self) -> BorrowedFd<'_> {
         self.flush.as_fd()
     }
 
@@ -74,7 +74,7 @@ impl ConsoleLog {
     }
 
     /// One character of the guest.
-    pub(crate) fn guest_byte(&self, byte: u8) {
+    pub fn guest_byte(&self, byte: u8) {
         let mut inner = self.inner();
         inner.line.push(byte);
         if byte == b'\n' || inner.line.len() >= LINE {
@@ -92,7 +92,7 @@ impl ConsoleLog {
     }
 
     /// Writes the line that has no end yet.
-    pub(crate) fn flush(&self) {
+    pub fn flush(&self) {
         // Clears the timer; whether it had expired does not matter.
         let mut ticks = [0; 8];
         let _ = nix::unistd::read(&self.flush, &mut ticks);
@@ -104,7 +104,7 @@ impl ConsoleLog {
     }
 
     /// A line of the monitor's own. The caller limits how often a guest can cause it.
-    pub(crate) fn note(&self, text: &str) {
+    pub fn note(&self, text: &str) {
         let mut inner = self.inner();
         if !inner.line.is_empty() {
             inner.write_line(Instant::now());

@@ -8,7 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::model::{self, bits, cpuid as allowed};
+use crate::model::{self, cpuid as allowed};
 
 const HYPERVISOR: u32 = 0x4000_0000;
 const EXTENDED: u32 = 0x8000_0000;
@@ -191,13 +191,6 @@ fn xsave_size(entries: &mut [kvm_cpuid_entry2]) {
     {
         main.ecx = size;
     }
-}
-
-/// Whether the guest is shown this bit; for decisions about MSRs.
-pub(crate) fn has_arch_capabilities(table: &[kvm_cpuid_entry2]) -> bool {
-    table
-        .iter()
-        .any(|entry| entry.function == 7 && entry.index == 0 && entry.edx & bits(&[29]) != 0)
 }
 
 #[cfg(test)]

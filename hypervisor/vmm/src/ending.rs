@@ -52,7 +52,7 @@ impl Cause {
 
 /// Tells the main thread. At most one cause is kept; later ones are consequences of the first.
 #[derive(Clone)]
-pub(crate) struct Teller {
+pub struct Teller {
     told: Arc<AtomicBool>,
     sender: Sender<Cause>,
     event: Arc<EventFd>,
@@ -60,7 +60,7 @@ pub(crate) struct Teller {
 
 impl Teller {
     /// Tells a cause, unless one was told before.
-    pub(crate) fn tell(&self, cause: Cause) {
+    pub fn tell(&self, cause: Cause) {
         if !self.told.swap(true, Ordering::AcqRel) {
             // The main thread may be gone already: then the machine ends anyway.
             let _ = self.sender.send(cause);
@@ -70,25 +70,25 @@ impl Teller {
 }
 
 /// The main thread's end.
-pub(crate) struct Told {
+pub struct Told {
     receiver: Receiver<Cause>,
     event: Arc<EventFd>,
 }
 
 impl Told {
     /// Readable when there is a cause.
-    pub(crate) fn event(&self) -> &EventFd {
+    pub fn event(&self) -> &EventFd {
         &self.event
     }
 
     /// The cause, if one was told.
-    pub(crate) fn cause(&self) -> Option<Cause> {
+    pub fn cause(&self) -> Option<Cause> {
         self.receiver.try_recv().ok()
     }
 }
 
 /// A connected pair.
-pub(crate) fn teller() -> io::Result<(Teller, Told)> {
+pub fn teller() -> io::Result<(Teller, Told)> {
     let event = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
     let (sender, receiver) = channel();
     let teller = Teller {

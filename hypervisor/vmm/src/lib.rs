@@ -4,18 +4,18 @@
 
 mod acpi;
 mod boot;
-mod console_log;
+pub mod console_log;
 mod control;
 mod cpuid;
 mod descriptors;
-mod ending;
+pub mod ending;
 mod machine;
 mod memory;
 pub mod model;
-mod platform;
+pub mod platform;
 mod registers;
 mod seccomp;
-mod serial;
+pub mod serial;
 mod vcpu;
 pub mod virtio;
 

@@ -123,10 +123,10 @@ pub const GED_GSI: u32 = 23;
 pub const GUEST_CID: u64 = 3;
 
 /// The kernel's command line. `quiet`: each character on the console is an exit. `8250.nr_uarts`:
-/// there is one port. `reboot=a`: through the ACPI reset register, trying nothing else first.
+/// there is one port. `pci=off`: there is no PCI to look for. `reboot=a`: through the ACPI reset register, trying nothing else first.
 /// `panic=-1`: a panic ends at once, after pvpanic was told. `cryptomgr.notests`, `no_timer_check`:
 /// self-tests of a machine that has none of the defects they look for.
-pub const CMDLINE: &str = "console=ttyS0 quiet reboot=a panic=-1 8250.nr_uarts=1 no_timer_check \
+pub const CMDLINE: &str = "console=ttyS0 quiet pci=off reboot=a panic=-1 8250.nr_uarts=1 no_timer_check \
      cryptomgr.notests tsc=reliable";
 
 /// Paravirtual features of KVM that the guest is told of: what changes nothing in the guest's view

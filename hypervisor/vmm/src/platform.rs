@@ -4,10 +4,12 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::ending::Cause;
 use crate::model;
 use crate::serial::Console;
-use crate::virtio::VirtioMmio;
+use crate::virtio::{VirtioMmio, VirtioMmioState};
 
 /// ACPI: "go to sleep" in the sleep control register.
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -15,14 +17,14 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 const PANICKED: u8 = 1;
 
 /// All of them.
-pub(crate) struct Platform {
+pub struct Platform {
     console: Mutex<Console>,
     virtio: Vec<(usize, VirtioMmio)>,
 }
 
 impl Platform {
     /// With virtio devices by slot.
-    pub(crate) fn new(console: Console, virtio: Vec<(usize, VirtioMmio)>) -> Self {
+    pub fn new(console: Console, virtio: Vec<(usize, VirtioMmio)>) -> Self {
         Self {
             console: Mutex::new(console),
             virtio,
@@ -30,7 +32,7 @@ impl Platform {
     }
 
     /// Writes to a port. Some writes end the machine.
-    pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> Option<Cause> {
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Option<Cause> {
         let &value = data.first()?;
         match port {
             model::COM1_PORT..=COM1_LAST => {
@@ -54,7 +56,7 @@ impl Platform {
     }
 
     /// Reads from a port.
-    pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
             model::COM1_PORT..=COM1_LAST => {
                 let register = port.wrapping_sub(model::COM1_PORT) as u8;
@@ -71,14 +73,14 @@ impl Platform {
     }
 
     /// Writes to memory that is not RAM.
-    pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
+    pub fn memory_write(&self, address: u64, data: &[u8]) {
         if let Some((device, offset)) = self.window(address) {
             device.write(offset, data);
         }
     }
 
     /// Reads from memory that is not RAM.
-    pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
+    pub fn memory_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((device, offset)) = self.window(address) {
             device.read(offset, data);
@@ -93,21 +95,37 @@ impl Platform {
     }
 
     /// Ends every device: I/O in flight is finished and written through.
-    pub(crate) fn shut_down(&self) {
+    pub fn shut_down(&self) {
         for (_, device) in &self.virtio {
             device.shut_down();
         }
     }
 
-    /// The devices by slot, for connecting their events and saving their states.
-    pub(crate) fn virtio(&self) -> &[(usize, VirtioMmio)] {
-        &self.virtio
+    /// What a snapshot keeps of all devices. None when one of them is dead.
+    pub fn save(&self) -> Option<State> {
+        let virtio = self
+            .virtio
+            .iter()
+            .map(|(slot, device)| Some((*slot, device.save()?)))
+            .collect::<Option<_>>()?;
+        Some(State {
+            console: self.console().save(),
+            virtio,
+        })
     }
 
-    /// The console, for connecting its interrupt and saving its state.
-    pub(crate) fn console(&self) -> MutexGuard<'_, Console> {
+    fn console(&self) -> MutexGuard<'_, Console> {
         self.console.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The devices of a machine as data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// COM1.
+    pub console: crate::serial::State,
+    /// virtio devices by slot.
+    pub virtio: Vec<(usize, VirtioMmioState)>,
 }
 
 const COM1_LAST: u16 = model::COM1_PORT + model::COM1_PORTS - 1;

@@ -13,7 +13,7 @@ use crate::console_log::ConsoleLog;
 
 /// Why a port could not be made or restored.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SerialError {
+pub enum SerialError {
     /// No event descriptor.
     #[error("serial port: {0}")]
     Event(#[from] io::Error),
@@ -52,14 +52,14 @@ impl Write for Output {
 }
 
 /// The port.
-pub(crate) struct Console {
+pub struct Console {
     port: Serial<Line, NoEvents, Output>,
     line: EventFd,
 }
 
 impl Console {
     /// A port after power-on.
-    pub(crate) fn new(log: Arc<ConsoleLog>) -> Result<Self, SerialError> {
+    pub fn new(log: Arc<ConsoleLog>) -> Result<Self, SerialError> {
         let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self {
             port: Serial::new(Line(line.try_clone()?), Output(log)),
@@ -68,7 +68,7 @@ impl Console {
     }
 
     /// A port as it was saved. Its interrupt is raised again when one is pending.
-    pub(crate) fn restore(log: Arc<ConsoleLog>, state: &State) -> Result<Self, SerialError> {
+    pub fn restore(log: Arc<ConsoleLog>, state: &State) -> Result<Self, SerialError> {
         let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let port = Serial::from_state(
             &state.clone().into(),
@@ -81,22 +81,22 @@ impl Console {
     }
 
     /// What a snapshot keeps.
-    pub(crate) fn save(&self) -> State {
+    pub fn save(&self) -> State {
         self.port.state().into()
     }
 
     /// The interrupt line.
-    pub(crate) fn interrupt(&self) -> &EventFd {
+    pub fn interrupt(&self) -> &EventFd {
         &self.line
     }
 
     /// The guest reads a register.
-    pub(crate) fn read(&mut self, register: u8) -> u8 {
+    pub fn read(&mut self, register: u8) -> u8 {
         self.port.read(register)
     }
 
     /// The guest writes a register.
-    pub(crate) fn write(&mut self, register: u8, value: u8) {
+    pub fn write(&mut self, register: u8, value: u8) {
         // Only the interrupt can fail, when its counter is full: then one is pending anyway.
         let _ = self.port.write(register, value);
     }
@@ -104,7 +104,7 @@ impl Console {
 
 /// The registers of a serial port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct State {
+pub struct State {
     baud_divisor_low: u8,
     baud_divisor_high: u8,
     interrupt_enable: u8,

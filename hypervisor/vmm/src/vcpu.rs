@@ -97,7 +97,7 @@ impl Vcpus {
         self.stop.store(true, Ordering::SeqCst);
         for thread in &self.threads {
             // SAFETY: the thread has not been joined, so its identifier is still its own.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+            unsafe { libc::pthread_kill(thread.as_pthread_t() as _, SIGRTMIN()) };
         }
         for thread in self.threads {
             // A panic was caught and told inside.
