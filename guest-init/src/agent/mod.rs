@@ -1,0 +1,235 @@
+//! The agent: answers control and clients on streams, one operation each. A stream is a thread; a
+//! panic in it ends that stream only. Bytes from a stream are taken for an attacker's.
+
+#![deny(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used
+    )
+)]
+
+mod configure;
+mod listen;
+mod poll;
+mod power;
+mod process;
+mod stream;
+
+pub(crate) use listen::{UnixOptions, serve_unix, serve_vsock};
+pub(crate) use power::power_off;
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use protocol::agent::{Configure, PowerOff};
+use protocol::id::ProcessId;
+use protocol::message::decode_body;
+use protocol::process::StartProcess;
+use protocol::{ErrorBody, ErrorCode, Kind};
+
+use crate::cgroup::Cgroups;
+use crate::log;
+use crate::reaper::Reaper;
+use configure::Configuration;
+use process::Drain;
+use stream::{Stream, StreamError};
+
+/// Where commands start when they do not say otherwise.
+pub(crate) const WORKSPACE: &str = "/workspace";
+/// Streams that are served at once.
+const MAX_STREAMS: usize = 512;
+/// A stream's stack. Nothing on a stream's way recurses.
+const STACK: usize = 256 << 10;
+
+/// What the agent is the agent of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Machine {
+    /// A virtual machine of its own: identity, clock and power are the agent's to set.
+    Own,
+    /// Somebody's machine: the agent runs commands and leaves everything else as it is.
+    Borrowed,
+}
+
+/// What all streams share.
+pub(crate) struct Agent {
+    machine: Machine,
+    workspace: PathBuf,
+    reaper: Reaper,
+    cgroups: Option<Cgroups>,
+    drain: Drain,
+    dev_null: OwnedFd,
+    proc: OwnedFd,
+    configuration: Mutex<Configuration>,
+    processes: Mutex<HashSet<ProcessId>>,
+    streams: AtomicUsize,
+    powering_off: AtomicBool,
+}
+
+impl Agent {
+    /// Environment variables for every process.
+    fn settings(&self) -> Vec<(String, String)> {
+        match &*lock(&self.configuration) {
+            Configuration::Done { env } => env.clone(),
+            Configuration::Awaited => Vec::new(),
+        }
+    }
+
+    fn is_configured(&self) -> bool {
+        matches!(&*lock(&self.configuration), Configuration::Done { .. })
+    }
+
+    /// Serves a new connection on a thread of its own, or refuses it.
+    fn accept(self: &Arc<Self>, socket: OwnedFd) {
+        let stream = Stream::new(socket);
+        let Some(place) = Place::take(self) else {
+            log::warn(format_args!(
+                "event=stream_refused reason=\"{MAX_STREAMS} streams are open\""
+            ));
+            let message = format!(
+                "the agent serves {MAX_STREAMS} operations at once; let one end and try again"
+            );
+            let error =
+                ErrorBody::guest(ErrorCode::TooManyStreams, message).retryable_after_ms(1000);
+            refuse_now(stream, &error);
+            return;
+        };
+        let agent = Arc::clone(self);
+        let spawned = std::thread::Builder::new()
+            .name("stream".to_owned())
+            .stack_size(STACK)
+            .spawn(move || {
+                let _place = place;
+                contain(|| agent.serve(stream));
+            });
+        if let Err(error) = spawned {
+            // The stream went down with the thread that was to be.
+            log::warn(format_args!("event=stream_refused error={error}"));
+        }
+    }
+
+    fn serve(self: &Arc<Self>, mut stream: Stream) -> Result<(), StreamError> {
+        let mut frames = Vec::new();
+        loop {
+            let frame = stream.next(&mut frames)?;
+            match frame.kind {
+                Kind::CONFIGURE => {
+                    return match decode_body::<Configure>(&frame.body) {
+                        Ok(request) => match configure::configure(self, request) {
+                            Ok(answer) => stream.finish(&answer),
+                            Err(error) => stream.refuse(&error),
+                        },
+                        Err(error) => stream.refuse(&error.into()),
+                    };
+                }
+                Kind::START_PROCESS | Kind::POWER_OFF if !self.is_configured() => {
+                    let message =
+                        "the agent waits for its configuration; try again once the VM is ready";
+                    let error = ErrorBody::host(ErrorCode::NotConfigured, message);
+                    return stream.refuse(&error.retryable_after_ms(100));
+                }
+                Kind::START_PROCESS if self.powering_off.load(Ordering::Acquire) => {
+                    let message = "the VM is powering off";
+                    return stream.refuse(&ErrorBody::caller(ErrorCode::VmStopped, message));
+                }
+                Kind::START_PROCESS => {
+                    return match decode_body::<StartProcess>(&frame.body) {
+                        Ok(request) => {
+                            drop(frame);
+                            process::run(self, request, stream, frames)
+                        }
+                        Err(error) => stream.refuse(&error.into()),
+                    };
+                }
+                Kind::POWER_OFF => {
+                    return match decode_body::<PowerOff>(&frame.body) {
+                        Ok(request) => power::answer(self, &request, stream),
+                        Err(error) => stream.refuse(&error.into()),
+                    };
+                }
+                kind => stream.queue(&unsupported(kind))?,
+            }
+        }
+    }
+}
+
+/// The answer to a frame that means nothing here.
+fn unsupported(kind: Kind) -> ErrorBody {
+    ErrorBody::caller(
+        ErrorCode::Unsupported,
+        format!("kind {kind} is not known to this agent, or not at this point"),
+    )
+}
+
+/// Sends a refusal if the connection takes it at once; a new one always does.
+fn refuse_now(mut stream: Stream, error: &ErrorBody) {
+    let refused = stream.queue(error).and_then(|()| stream.flush());
+    if let Err(error) = refused {
+        log::info(format_args!("event=stream_ended error=\"{error}\""));
+    }
+}
+
+/// Runs one stream. Its errors and panics are its own.
+fn contain(serve: impl FnOnce() -> Result<(), StreamError>) -> bool {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(serve)) {
+        Ok(Ok(()) | Err(StreamError::Ended)) => true,
+        Ok(Err(error)) => {
+            log::info(format_args!("event=stream_ended error=\"{error}\""));
+            true
+        }
+        Err(_) => {
+            log::error(format_args!("event=stream_panicked"));
+            false
+        }
+    }
+}
+
+/// One of the places for streams.
+struct Place(Arc<Agent>);
+
+impl Place {
+    fn take(agent: &Arc<Agent>) -> Option<Self> {
+        let add = |count: usize| count.checked_add(1).filter(|count| *count <= MAX_STREAMS);
+        agent
+            .streams
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, add)
+            .ok()
+            .map(|_| Self(Arc::clone(agent)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A panic while a lock was held ended one stream; what the lock protects is still whole, because
+/// every holder changes it in one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_its_own_stream_only() {
+        assert!(!contain(|| panic!("injected")));
+        assert!(contain(|| Err(StreamError::Ended)));
+    }
+}

@@ -1,0 +1,114 @@
+//! What a client is told about a process that is no more, or never was. The texts are part of the
+//! interface: programs show them as they are.
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use protocol::process::{ProcessEnd, ProcessEnded};
+
+use super::command::Command;
+use super::spawn::{SpawnError, Stage};
+use crate::reaper::Status;
+
+/// The message for a process that ran.
+pub(crate) fn ended(status: Status, out_of_memory: bool, output_open: bool) -> ProcessEnded {
+    // A shell passes on that its last command was killed as an exit code of its own.
+    let killed = matches!(status, Status::Signal(9) | Status::Code(137));
+    if out_of_memory && killed {
+        return ProcessEnded {
+            end: ProcessEnd::OutOfMemory,
+            exit_code: 137,
+            signal: 9,
+            output_open,
+            message: "out of memory".to_owned(),
+        };
+    }
+    match status {
+        Status::Code(exit_code) => ProcessEnded {
+            end: ProcessEnd::Exited,
+            exit_code,
+            signal: 0,
+            output_open,
+            message: String::new(),
+        },
+        Status::Signal(signal) => ProcessEnded {
+            end: ProcessEnd::Signalled,
+            exit_code: signal.saturating_add(128),
+            signal,
+            output_open,
+            message: match Signal::try_from(i32::from(signal)) {
+                Ok(name) => format!("killed by signal {name}"),
+                Err(_) => format!("killed by signal {signal}"),
+            },
+        },
+    }
+}
+
+/// The message for a process that could not be started.
+pub(crate) fn not_started(command: &Command, error: SpawnError) -> ProcessEnded {
+    let name = &command.name;
+    let directory = &command.directory;
+    let (end, exit_code, message) = match (error.stage, error.errno) {
+        (Stage::Execute, Errno::ENOENT | Errno::ENOTDIR) => {
+            (ProcessEnd::NotFound, 127, format!("not found: {name}"))
+        }
+        (Stage::Execute, Errno::EACCES | Errno::EPERM | Errno::ENOEXEC | Errno::EISDIR) => (
+            ProcessEnd::NotExecutable,
+            126,
+            format!("not executable: {name}"),
+        ),
+        (Stage::Directory, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::ENAMETOOLONG) => {
+            (
+                ProcessEnd::NoSuchDirectory,
+                126,
+                format!("no such directory: {directory}"),
+            )
+        }
+        (Stage::Directory, errno) => (
+            ProcessEnd::StartFailed,
+            126,
+            format!("cannot enter directory {directory}: {}", errno.desc()),
+        ),
+        (_, errno) => (
+            ProcessEnd::StartFailed,
+            126,
+            format!("cannot start {name}: {}", errno.desc()),
+        ),
+    };
+    ProcessEnded {
+        end,
+        exit_code,
+        signal: 0,
+        output_open: false,
+        message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kill_by_the_kernel_for_memory_is_told_from_a_plain_kill() {
+        assert_eq!(
+            ended(Status::Signal(9), true, false).message,
+            "out of memory"
+        );
+        assert_eq!(
+            ended(Status::Code(137), true, false).end,
+            ProcessEnd::OutOfMemory
+        );
+        assert_eq!(
+            ended(Status::Signal(9), false, false).message,
+            "killed by signal SIGKILL"
+        );
+        // Something in the group ran out of memory and the command coped with it.
+        assert_eq!(ended(Status::Code(0), true, false).end, ProcessEnd::Exited);
+    }
+
+    #[test]
+    fn a_signal_without_a_name_is_shown_by_number() {
+        let ended = ended(Status::Signal(40), false, false);
+        assert_eq!(ended.message, "killed by signal 40");
+        assert_eq!(ended.exit_code, 168);
+    }
+}

@@ -1,0 +1,173 @@
+//! One connection as frames. Reads and writes never block: whoever uses a stream waits for it with
+//! [`poll`](super::poll) and stops reading while too much is waiting to be written.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{self, MsgFlags, Shutdown};
+use protocol::frame::{self, FrameError, FrameReader};
+use protocol::message::{Message, MessageError};
+use protocol::{ErrorBody, Frame};
+
+use super::poll::{self, Interest};
+
+/// Bytes taken from the connection in one go.
+const READ: usize = 16 << 10;
+
+/// Why a stream is over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    /// The peer closed it or the connection broke.
+    #[error("the client has gone: {0}")]
+    Gone(Errno),
+    /// The peer ended it between two frames.
+    #[error("the client has ended the stream")]
+    Ended,
+    /// What came is no frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A message could not be written or read.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+}
+
+/// What reading gave.
+pub(crate) enum Input {
+    /// So many frames, appended to the list.
+    Frames,
+    /// Nothing yet.
+    Nothing,
+}
+
+/// A connection.
+pub(crate) struct Stream {
+    socket: OwnedFd,
+    reader: FrameReader,
+    output: Vec<u8>,
+    sent: usize,
+}
+
+impl Stream {
+    /// Wraps a connected socket that does not block.
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            reader: FrameReader::new(),
+            output: Vec::new(),
+            sent: 0,
+        }
+    }
+
+    /// What to wait for.
+    pub(crate) fn interest(&self, read: bool) -> Interest {
+        Interest::new(self.socket.as_fd(), read, self.pending() > 0)
+    }
+
+    /// Bytes that wait to be sent.
+    pub(crate) fn pending(&self) -> usize {
+        self.output.len().saturating_sub(self.sent)
+    }
+
+    /// Reads once and appends the frames that became complete.
+    pub(crate) fn read(&mut self, frames: &mut Vec<Frame>) -> Result<Input, StreamError> {
+        let mut buffer = [0; READ];
+        let count = match socket::recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Ok(0) => {
+                self.reader.finish()?;
+                return Err(StreamError::Ended);
+            }
+            Ok(count) => count,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Input::Nothing),
+            Err(errno) => return Err(StreamError::Gone(errno)),
+        };
+        let mut rest = buffer.get(..count).unwrap_or_default();
+        while let Some(frame) = self.reader.push(&mut rest)? {
+            frames.push(frame);
+        }
+        Ok(Input::Frames)
+    }
+
+    /// Queues a message.
+    pub(crate) fn queue<M: Message>(&mut self, message: &M) -> Result<(), StreamError> {
+        let body = protocol::message::encode_body(message)?;
+        frame::append(&mut self.output, M::KIND, &body)?;
+        Ok(())
+    }
+
+    /// Sends bytes that are whole frames: at once if possible, the rest is queued.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        let mut rest = bytes;
+        if self.pending() == 0 {
+            let sent = write_some(self.socket.as_fd(), bytes)?;
+            rest = bytes.get(sent..).unwrap_or_default();
+        }
+        self.output.extend_from_slice(rest);
+        Ok(())
+    }
+
+    /// Sends as much of what is queued as possible now.
+    pub(crate) fn flush(&mut self) -> Result<(), StreamError> {
+        while self.pending() > 0 {
+            let rest = self.output.get(self.sent..).unwrap_or_default();
+            match write_some(self.socket.as_fd(), rest)? {
+                0 => return Ok(()),
+                sent => self.sent = self.sent.saturating_add(sent),
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Waits for the next frame.
+    pub(crate) fn next(&mut self, frames: &mut Vec<Frame>) -> Result<Frame, StreamError> {
+        loop {
+            self.flush()?;
+            if !frames.is_empty() {
+                return Ok(frames.remove(0));
+            }
+            let mut interests = [self.interest(self.pending() == 0)];
+            poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+            let [interest] = interests;
+            if interest.readable() {
+                self.read(frames)?;
+            }
+        }
+    }
+
+    /// Sends a last message and everything queued before it, and ends the stream. Waits for room,
+    /// never for an answer.
+    pub(crate) fn finish<M: Message>(mut self, message: &M) -> Result<(), StreamError> {
+        self.queue(message)?;
+        loop {
+            self.flush()?;
+            if self.pending() == 0 {
+                break;
+            }
+            let mut interests = [self.interest(false)];
+            poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+            let [interest] = interests;
+            if interest.hung_up() {
+                return Err(StreamError::Gone(Errno::EPIPE));
+            }
+        }
+        // The descriptor is closed right after; a peer that has gone meanwhile does not matter.
+        let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+        Ok(())
+    }
+
+    /// Refuses what the stream was opened for.
+    pub(crate) fn refuse(self, error: &ErrorBody) -> Result<(), StreamError> {
+        self.finish(error)
+    }
+}
+
+fn write_some(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, StreamError> {
+    loop {
+        match socket::send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(0),
+            other => return other.map_err(StreamError::Gone),
+        }
+    }
+}

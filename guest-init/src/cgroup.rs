@@ -1,0 +1,265 @@
+//! Control groups (version 2): one per command, so that everything a command started can be ended
+//! and its running out of memory can be told from a plain SIGKILL. A group is removed when its last
+//! process is gone; the kernel says when, nothing here asks again and again.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+
+use crate::log;
+
+/// What a group for user processes should be able to limit and count.
+const WANTED: [&str; 4] = ["memory", "pids", "cpu", "io"];
+/// Groups that a user process made inside its own are removed down to this depth.
+const MAX_DEPTH: u32 = 16;
+
+/// Why a control group could not be made or used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CgroupError {
+    /// The directory is no place for control groups.
+    #[error("{path} is not in a cgroup2 file system; mount one there or name another directory")]
+    NotCgroup2 {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file or directory operation failed.
+    #[error("cannot {what} {path}: {cause}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why not.
+        cause: io::Error,
+    },
+    /// Watching for the end of groups failed.
+    #[error("cannot watch control groups: {0}")]
+    Watch(#[from] nix::errno::Errno),
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_path_buf();
+    move |cause| CgroupError::Io { what, path, cause }
+}
+
+/// The group that holds all groups of commands.
+pub(crate) struct Cgroups {
+    directory: PathBuf,
+    keeper: Arc<Keeper>,
+}
+
+impl Cgroups {
+    /// Makes the group at `directory` and enables in it every controller that is there; gives the
+    /// names of those that are not.
+    pub(crate) fn prepare(directory: &Path) -> Result<(Self, Vec<&'static str>), CgroupError> {
+        fs::create_dir_all(directory).map_err(failed("make", directory))?;
+        if !directory.join("cgroup.procs").exists() {
+            return Err(CgroupError::NotCgroup2 {
+                path: directory.to_path_buf(),
+            });
+        }
+        let missing = enable_controllers(directory)?;
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let keeper = Arc::new(Keeper {
+            inotify,
+            retired: Mutex::default(),
+        });
+        let groups = Self {
+            directory: directory.to_path_buf(),
+            keeper,
+        };
+        Ok((groups, missing))
+    }
+
+    /// Makes the group of one command.
+    pub(crate) fn create(&self, name: &str) -> Result<CommandGroup, CgroupError> {
+        let path = self.directory.join(name);
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed("make", &path)(error));
+            }
+            _ => {}
+        }
+        let directory = fs::File::open(&path).map_err(failed("open", &path))?;
+        Ok(CommandGroup {
+            path,
+            directory: directory.into(),
+            keeper: Arc::clone(&self.keeper),
+        })
+    }
+
+    /// Ends every process of every command.
+    pub(crate) fn kill_all(&self) {
+        kill(&self.directory);
+    }
+
+    /// Becomes readable when a group has become empty; then [`sweep`](Self::sweep) is due.
+    pub(crate) fn changes(&self) -> BorrowedFd<'_> {
+        self.keeper.inotify.as_fd()
+    }
+
+    /// Removes the groups that have become empty since their commands ended.
+    pub(crate) fn sweep(&self) {
+        self.keeper.sweep();
+    }
+}
+
+/// Enables every wanted controller that `directory` has for the groups inside it.
+pub(crate) fn enable_controllers(directory: &Path) -> Result<Vec<&'static str>, CgroupError> {
+    let file = directory.join("cgroup.controllers");
+    let here = fs::read_to_string(&file).map_err(failed("read", &file))?;
+    let control = directory.join("cgroup.subtree_control");
+    let mut missing = Vec::new();
+    for name in WANTED {
+        let enabled = here.split_ascii_whitespace().any(|one| one == name)
+            && fs::write(&control, format!("+{name}")).is_ok();
+        if !enabled {
+            missing.push(name);
+        }
+    }
+    Ok(missing)
+}
+
+/// The group of one command. Dropped when nobody needs it any more; the group itself goes away with
+/// its last process.
+pub(crate) struct CommandGroup {
+    path: PathBuf,
+    directory: OwnedFd,
+    keeper: Arc<Keeper>,
+}
+
+impl CommandGroup {
+    /// The group's directory, to start a process in.
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// Ends every process in the group.
+    pub(crate) fn kill(&self) {
+        kill(&self.path);
+    }
+
+    /// Whether the kernel ended a process of this group because memory ran out.
+    pub(crate) fn out_of_memory(&self) -> bool {
+        fs::read_to_string(self.path.join("memory.events"))
+            .is_ok_and(|events| counter(&events, "oom_kill") > 0)
+    }
+}
+
+impl Drop for CommandGroup {
+    fn drop(&mut self) {
+        self.keeper.retire(&self.path);
+    }
+}
+
+fn kill(group: &Path) {
+    if let Err(error) = fs::write(group.join("cgroup.kill"), "1")
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn(format_args!(
+            "event=cgroup_kill_failed group={} error={error}",
+            group.display()
+        ));
+    }
+}
+
+fn counter(text: &str, key: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(name, _)| *name == key)
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Removes groups when the kernel says that they are empty.
+struct Keeper {
+    inotify: Inotify,
+    retired: Mutex<HashMap<WatchDescriptor, PathBuf>>,
+}
+
+impl Keeper {
+    fn retire(&self, group: &Path) {
+        if remove(group, 0) {
+            return;
+        }
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        match self
+            .inotify
+            .add_watch(&group.join("cgroup.events"), AddWatchFlags::IN_MODIFY)
+        {
+            Ok(watch) => {
+                // It may have become empty before the watch was there.
+                if !remove(group, 0) {
+                    retired.insert(watch, group.to_path_buf());
+                }
+            }
+            Err(error) => log::warn(format_args!(
+                "event=cgroup_left_behind group={} error={error}",
+                group.display()
+            )),
+        }
+    }
+
+    fn sweep(&self) {
+        // No events and an interrupted read come to the same: nothing to do now.
+        let Ok(events) = self.inotify.read_events() else {
+            return;
+        };
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in events {
+            if let Some(group) = retired.get(&event.wd)
+                && remove(group, 0)
+            {
+                retired.remove(&event.wd);
+            }
+        }
+    }
+}
+
+/// Removes a group and the empty groups inside it. Says whether it is gone.
+fn remove(group: &Path, depth: u32) -> bool {
+    match fs::remove_dir(group) {
+        Ok(()) => return true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return true,
+        Err(_) if depth >= MAX_DEPTH => return false,
+        Err(_) => {}
+    }
+    let populated = fs::read_to_string(group.join("cgroup.events"))
+        .is_ok_and(|events| counter(&events, "populated") > 0);
+    if populated {
+        return false;
+    }
+    let Ok(inner) = fs::read_dir(group) else {
+        return false;
+    };
+    for entry in inner.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path(), depth.saturating_add(1));
+        }
+    }
+    fs::remove_dir(group).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_is_found_by_its_whole_name() {
+        let events = "low 0\noom 3\noom_kill 2\noom_group_kill 7\n";
+        assert_eq!(counter(events, "oom_kill"), 2);
+        assert_eq!(counter(events, "oom_kil"), 0);
+    }
+
+    #[test]
+    fn a_plain_directory_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Cgroups::prepare(directory.path()).err().unwrap();
+        assert!(matches!(error, CgroupError::NotCgroup2 { .. }), "{error}");
+    }
+}

@@ -1,0 +1,386 @@
+//! What a client can rely on when it runs commands: output, input, ends and refusals.
+
+mod common;
+
+use common::{Agent, argv, eventually, shell};
+use protocol::process::{ProcessEnd, StdinMode};
+use protocol::{ErrorCode, Kind};
+
+#[test]
+fn the_end_follows_the_last_byte_of_hundreds_of_fast_commands() {
+    let agent = Agent::start();
+    for number in 0..300 {
+        let output = agent.run(&argv(&["echo", &number.to_string()]));
+        assert_eq!(output.text(), format!("{number}\n"));
+        assert_eq!(output.ended.end, ProcessEnd::Exited);
+        assert!(!output.ended.output_open);
+    }
+}
+
+#[test]
+fn exit_code_and_both_outputs_arrive() {
+    let agent = Agent::start();
+    let output = agent.shell("echo out; echo err >&2; exit 7");
+    assert!(output.started);
+    assert_eq!(output.stdout, b"out\n");
+    assert_eq!(output.stderr, b"err\n");
+    assert_eq!(output.ended.exit_code, 7);
+    assert_eq!(output.ended.message, "");
+}
+
+#[test]
+fn writes_that_are_spaced_arrive_in_their_order() {
+    let agent = Agent::start();
+    let output =
+        agent.shell("for i in 1 2 3 4; do echo o$i; sleep 0.05; echo e$i >&2; sleep 0.05; done");
+    assert_eq!(
+        String::from_utf8(output.merged).unwrap(),
+        "o1\ne1\no2\ne2\no3\ne3\no4\ne4\n"
+    );
+}
+
+#[test]
+fn a_background_child_that_holds_the_output_does_not_hold_the_command() {
+    let agent = Agent::start();
+    let output = agent.shell("echo before; sleep 600 & echo $!");
+    assert!(output.ended.output_open);
+    assert_eq!(output.ended.exit_code, 0);
+    let child: i32 = output.text().lines().nth(1).unwrap().parse().unwrap();
+    assert!(output.text().starts_with("before\n"));
+    assert!(std::path::Path::new(&format!("/proc/{child}")).exists());
+    agent.shell(&format!("kill {child}"));
+}
+
+#[test]
+fn a_background_child_that_writes_without_end_does_not_hold_the_command() {
+    let agent = Agent::start();
+    let output = agent.shell("yes & echo $! >&2");
+    assert!(output.ended.output_open);
+    let child = String::from_utf8(output.stderr).unwrap();
+    agent.shell(&format!("kill -9 {child}"));
+}
+
+#[test]
+fn a_background_child_can_go_on_writing_when_its_command_is_done() {
+    let agent = Agent::start();
+    let mark = agent.workspace().join("mark");
+    // Far more than a pipe holds, so that a pipe nobody empties would stop it.
+    let output = agent.shell("(sleep 0.4; head -c 1000000 /dev/zero && touch mark) & echo done");
+    assert!(output.ended.output_open);
+    eventually("the child finishes", || mark.exists());
+}
+
+#[test]
+fn what_was_written_before_the_end_reaches_a_client_that_reads_late() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    // The last bytes are in the pipe when the command ends, and somebody else keeps it open.
+    client.send(&shell(
+        "head -c 900000 /dev/zero; sleep 60 & echo $! >&2; echo last",
+    ));
+    client.started();
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    let output = client.output();
+    assert_eq!(output.stdout.len(), 900_005);
+    assert!(output.stdout.ends_with(b"last\n"));
+    let child = String::from_utf8(output.stderr).unwrap();
+    agent.shell(&format!("kill {child}"));
+}
+
+#[test]
+fn standard_input_of_any_size_comes_back() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = argv(&["cat"]);
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let mut writer = common::Client::new(client.socket.try_clone().unwrap());
+    let copy = sent.clone();
+    let thread = std::thread::spawn(move || {
+        for piece in copy.chunks(50_000) {
+            writer.send_raw(Kind::STDIN, piece);
+        }
+        writer.send_raw(Kind::STDIN_END, b"");
+    });
+    let output = client.output();
+    thread.join().unwrap();
+    assert!(
+        output.stdout == sent,
+        "{} bytes came back",
+        output.stdout.len()
+    );
+}
+
+#[test]
+fn input_that_nobody_reads_does_not_hold_up_output() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = shell("head -c 5000000 /dev/zero; exit 3");
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    client.send_raw(Kind::STDIN, &[1; 200_000]);
+    let output = client.output();
+    assert_eq!(output.stdout.len(), 5_000_000);
+    assert_eq!(output.ended.exit_code, 3);
+}
+
+#[test]
+fn input_for_a_process_that_closed_it_is_quiet() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = shell("exec 0<&-; sleep 0.2; echo alive");
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    client.started();
+    client.send_raw(Kind::STDIN, &[1; 100_000]);
+    let output = client.output();
+    assert_eq!(output.text(), "alive\n");
+}
+
+#[test]
+fn the_end_of_input_is_seen_and_may_be_sent_twice() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = argv(&["wc", "-c"]);
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    client.send_raw(Kind::STDIN, b"12345");
+    client.send_raw(Kind::STDIN_END, b"");
+    client.send_raw(Kind::STDIN_END, b"");
+    assert_eq!(client.output().text().trim(), "5");
+}
+
+#[test]
+fn without_a_pipe_standard_input_is_empty() {
+    let agent = Agent::start();
+    assert_eq!(agent.run(&argv(&["cat"])).stdout, b"");
+}
+
+#[test]
+fn a_signal_reaches_the_group_and_is_named_in_the_end() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.send(&shell("sleep 600; true"));
+    client.started();
+    client.signal(libc::SIGTERM);
+    let output = client.output();
+    assert_eq!(output.ended.end, ProcessEnd::Signalled);
+    assert_eq!(output.ended.exit_code, 128 + 15);
+    assert_eq!(output.ended.signal, 15);
+    assert_eq!(output.ended.message, "killed by signal SIGTERM");
+    // The child of the shell was in the group and closed the pipe.
+    assert!(!output.ended.output_open);
+}
+
+#[test]
+fn a_crash_is_told_by_the_name_of_its_signal() {
+    let agent = Agent::start();
+    let output = agent.shell("kill -SEGV $$");
+    assert_eq!(output.ended.message, "killed by signal SIGSEGV");
+    assert_eq!(output.ended.exit_code, 139);
+}
+
+#[test]
+fn what_cannot_be_started_is_told_apart() {
+    let agent = Agent::start();
+    std::fs::write(agent.workspace().join("plain"), "text").unwrap();
+    let missing = agent.run(&argv(&["no-such-program", "x"])).ended;
+    assert_eq!(missing.end, ProcessEnd::NotFound);
+    assert_eq!(
+        (missing.exit_code, &*missing.message),
+        (127, "not found: no-such-program")
+    );
+    let missing = agent.run(&argv(&["./nothing"])).ended;
+    assert_eq!(
+        (missing.exit_code, &*missing.message),
+        (127, "not found: ./nothing")
+    );
+    let plain = agent.run(&argv(&["./plain"])).ended;
+    assert_eq!(plain.end, ProcessEnd::NotExecutable);
+    assert_eq!(
+        (plain.exit_code, &*plain.message),
+        (126, "not executable: ./plain")
+    );
+    let mut nowhere = argv(&["true"]);
+    nowhere.cwd = b"gone".to_vec();
+    let nowhere = agent.run(&nowhere);
+    assert!(!nowhere.started);
+    assert_eq!(nowhere.ended.end, ProcessEnd::NoSuchDirectory);
+    assert_eq!(
+        (nowhere.ended.exit_code, &*nowhere.ended.message),
+        (126, "no such directory: gone")
+    );
+}
+
+#[test]
+fn a_request_that_makes_no_sense_is_refused_by_name() {
+    let agent = Agent::start();
+    let mut equals = argv(&["true"]);
+    equals.env = vec![(b"A=B".to_vec(), Some(b"c".to_vec()))];
+    let mut nul_cwd = argv(&["true"]);
+    nul_cwd.cwd = b"a\0b".to_vec();
+    for request in [argv(&[]), argv(&["echo", "a\0b"]), equals, nul_cwd] {
+        let mut client = agent.connect();
+        client.send(&request);
+        assert_eq!(client.error().code, ErrorCode::InvalidArgument);
+        assert_eq!(client.frame(), None);
+    }
+    assert_eq!(agent.run(&argv(&["true"])).ended.exit_code, 0);
+}
+
+#[test]
+fn an_empty_shell_command_succeeds() {
+    let agent = Agent::start();
+    assert_eq!(agent.shell("").ended.exit_code, 0);
+}
+
+#[test]
+fn the_environment_is_defaults_then_machine_then_request() {
+    let agent = Agent::start();
+    let mut request = argv(&["env"]);
+    request.env = vec![
+        (b"MINE".to_vec(), Some(b"1".to_vec())),
+        (b"LANG".to_vec(), None),
+    ];
+    let output = agent.run(&request);
+    let lines: Vec<&str> = output.text().lines().collect();
+    for expected in ["HOME=/root", "USER=root", "FROM_VM=yes", "MINE=1"] {
+        assert!(lines.contains(&expected), "{expected} is not in {lines:?}");
+    }
+    assert_eq!(lines.len(), 5, "{lines:?}");
+}
+
+#[test]
+fn a_process_begins_with_a_clean_slate() {
+    let agent = Agent::start();
+    let output = agent.shell(
+        "umask; ls /proc/self/fd | wc -l; grep -E '^Sig(Blk|Ign)' /proc/self/status; \
+         cut -d' ' -f5,6 /proc/$$/stat; echo $$; pwd",
+    );
+    let lines: Vec<&str> = output.text().lines().collect();
+    // ls itself has one descriptor for the directory.
+    assert_eq!(lines[..2], ["0022", "4"]);
+    assert_eq!(lines[2].split_whitespace().nth(1), Some("0000000000000000"));
+    assert_eq!(lines[3].split_whitespace().nth(1), Some("0000000000000000"));
+    assert_eq!(
+        lines[4],
+        format!("{0} {0}", lines[5]),
+        "own group and session"
+    );
+    assert_eq!(lines[6], agent.workspace().to_str().unwrap());
+}
+
+#[test]
+fn two_hundred_processes_at_once_lose_no_byte() {
+    let agent = Agent::start();
+    std::thread::scope(|scope| {
+        for number in 0..200 {
+            let agent = &agent;
+            scope.spawn(move || {
+                let line = format!("seq {number} {}; seq 1 500 >&2", number + 2000);
+                let output = agent.shell(&line);
+                let expected: String = (number..=number + 2000).map(|i| format!("{i}\n")).collect();
+                assert_eq!(output.text(), expected);
+                assert_eq!(
+                    output.stderr.iter().filter(|byte| **byte == b'\n').count(),
+                    500
+                );
+            });
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_output_leaves_the_agents_memory_flat() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.send(&shell(
+        "head -c 300000000 /dev/zero & head -c 300000000 /dev/zero >&2; wait",
+    ));
+    let (mut bytes, mut most) = (0_u64, 0);
+    loop {
+        let frame = client.frame().unwrap();
+        if frame.kind == Kind::PROCESS_ENDED {
+            break;
+        }
+        if bytes % (1 << 24) < 70_000 {
+            most = most.max(agent.status_kib("VmRSS"));
+        }
+        bytes += frame.body.len() as u64;
+    }
+    assert!(bytes >= 600_000_000, "{bytes}");
+    assert!(most < 8 << 10, "{most} KiB resident");
+}
+
+#[test]
+fn a_reader_that_stops_holds_its_process_back_and_costs_no_memory() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.send(&shell("yes; true"));
+    client.started();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(agent.status_kib("VmRSS") < 8 << 10);
+    // Another stream is not held back.
+    assert_eq!(agent.shell("echo hi").text(), "hi\n");
+    client.signal(libc::SIGKILL);
+    assert_eq!(client.output().ended.signal, 9);
+}
+
+#[test]
+fn a_process_outlives_its_client_and_never_stands_still() {
+    let agent = Agent::start();
+    let mark = agent.workspace().join("mark");
+    let mut client = agent.connect();
+    client.send(&shell(
+        "sleep 0.3; head -c 2000000 /dev/zero; echo x >&2; touch mark",
+    ));
+    client.started();
+    drop(client);
+    eventually("the process finishes", || mark.exists());
+}
+
+#[test]
+fn a_process_id_in_use_is_not_started_twice() {
+    let agent = Agent::start();
+    let mut first = agent.connect();
+    let request = shell("sleep 600");
+    first.send(&request);
+    first.started();
+    let mut second = agent.connect();
+    second.send(&request);
+    assert_eq!(second.error().code, ErrorCode::ProcessExists);
+    first.signal(libc::SIGKILL);
+    first.output();
+    let mut third = agent.connect();
+    third.send(&shell("true"));
+    assert_eq!(third.output().ended.exit_code, 0);
+}
+
+#[test]
+fn many_commands_leave_no_descriptor_and_no_zombie_behind() {
+    let agent = Agent::start();
+    agent.shell("true");
+    eventually("streams close", || agent.descriptors() < 20);
+    let before = agent.descriptors();
+    for number in 0..100 {
+        match number % 4 {
+            0 => drop(agent.shell("echo x")),
+            1 => drop(agent.run(&argv(&["missing"]))),
+            // An orphan that the agent inherits.
+            2 => drop(agent.shell("(sleep 0.05 &) ; true")),
+            _ => {
+                let mut client = agent.connect();
+                client.send(&shell("sleep 0.05; echo gone"));
+            }
+        }
+    }
+    eventually("descriptors return", || agent.descriptors() <= before);
+    let children = format!("/proc/{0}/task/{0}/children", agent.child.id());
+    eventually("children are reaped", || {
+        std::fs::read_to_string(&children)
+            .unwrap()
+            .trim()
+            .is_empty()
+    });
+}
