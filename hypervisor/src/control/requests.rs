@@ -1,0 +1,169 @@
+//! What clients ask: each request is authenticated, decoded, and answered by one message or one
+//! error. Waiting for an answer can be given up at any time; what was begun is finished all the
+//! same, because VMs' tasks do it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::frame::MAX_BODY;
+use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
+use protocol::host::proxy::ApiRequest;
+use protocol::id::Owner;
+use protocol::message::{decode_body, encode_body};
+use protocol::vm::{
+    CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_REQUEST, OpenVm, Opened, StartVm, StopVm,
+};
+use protocol::{ErrorBody, ErrorCode, Kind, Message};
+
+use super::registry::Registry;
+use super::tokens::Tokens;
+use super::vm::{Command, Host, View};
+
+/// How long a stop waits when the request does not say.
+const STOP: Duration = Duration::from_secs(30);
+
+/// Answers requests.
+pub(crate) struct Requests {
+    pub(crate) host: Arc<Host>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) tokens: Tokens,
+}
+
+/// An answer's frame, and for `OPENED` the stream.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) kind: Kind,
+    pub(crate) body: Vec<u8>,
+    pub(crate) stream: Option<OwnedFd>,
+}
+
+impl Answer {
+    fn of<M: Message>(message: &M) -> Result<Self, ErrorBody> {
+        Ok(Self {
+            kind: M::KIND,
+            body: encode_body(message)?,
+            stream: None,
+        })
+    }
+
+    /// The answer that says what went wrong.
+    pub(crate) fn error(error: &ErrorBody) -> Self {
+        Self {
+            kind: Kind::ERROR,
+            // An error is text and numbers: it can be encoded.
+            body: encode_body(error).unwrap_or_default(),
+            stream: None,
+        }
+    }
+}
+
+impl Requests {
+    /// Answers one request.
+    pub(crate) async fn answer(&self, request: &ApiRequest) -> Answer {
+        match self.try_answer(request).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::info!(kind = %Kind(request.kind), code = ?error.code, %error, "request refused");
+                Answer::error(&error)
+            }
+        }
+    }
+
+    async fn try_answer(&self, request: &ApiRequest) -> Result<Answer, ErrorBody> {
+        let owner = self.tokens.owner(&request.token).ok_or_else(|| {
+            ErrorBody::caller(
+                ErrorCode::Unauthenticated,
+                "the token is not known here; check SUP_TOKEN",
+            )
+        })?;
+        if request.body.len() > MAX_REQUEST {
+            return Err(ErrorBody::caller(
+                ErrorCode::FrameTooLarge,
+                format!(
+                    "the request has {} bytes; at most {MAX_REQUEST} are allowed",
+                    request.body.len()
+                ),
+            ));
+        }
+        let body = request.body.as_slice();
+        match Kind(request.kind) {
+            Kind::HELLO => self.hello(&decode_body(body)?),
+            Kind::CREATE_VM => {
+                let create: CreateVm = decode_body(body)?;
+                Answer::of(&self.registry.create(owner, create).await?)
+            }
+            Kind::GET_VM => {
+                let GetVm { vm } = decode_body(body)?;
+                let view = self.registry.find(owner, &vm)?.view.borrow().clone();
+                self.vm(&view)
+            }
+            Kind::LIST_VMS => {
+                let ListVms { after, limit } = decode_body(body)?;
+                Answer::of(&self.registry.list(owner, after.as_ref(), limit))
+            }
+            Kind::START_VM => {
+                let StartVm { vm } = decode_body(body)?;
+                let handle = self.registry.find(owner, &vm)?;
+                self.vm(&handle.ask(Command::Start).await?)
+            }
+            Kind::STOP_VM => {
+                let StopVm { vm, deadline_ms } = decode_body(body)?;
+                let handle = self.registry.find(owner, &vm)?;
+                let deadline = deadline_ms.map_or(STOP, |ms| Duration::from_millis(ms.into()));
+                self.vm(&handle
+                    .ask(|reply| Command::Stop { deadline, reply })
+                    .await?)
+            }
+            Kind::DELETE_VM => {
+                let DeleteVm { vm } = decode_body(body)?;
+                let handle = self.registry.find(owner, &vm)?;
+                handle.ask(Command::Delete).await?;
+                Answer::of(&Deleted { id: handle.id })
+            }
+            Kind::OPEN_VM => self.open(owner, &decode_body(body)?).await,
+            kind => Err(ErrorBody::caller(
+                ErrorCode::Unsupported,
+                format!(
+                    "kind {kind} is not known here; this is supvm {}",
+                    env!("CARGO_PKG_VERSION")
+                ),
+            )),
+        }
+    }
+
+    fn hello(&self, hello: &Hello) -> Result<Answer, ErrorBody> {
+        if hello.generation == 0 {
+            return Err(ErrorBody::caller(
+                ErrorCode::GenerationUnsupported,
+                format!("generation 0 is not served; this supvm speaks {GENERATION}"),
+            ));
+        }
+        let limits = self.host.settings.limits;
+        Answer::of(&HelloOk {
+            generation: hello.generation.min(GENERATION),
+            limits: Limits {
+                max_streams: self.host.settings.api.max_streams,
+                max_body: u32::try_from(MAX_BODY).unwrap_or(u32::MAX),
+                max_cpus: limits.max_cpus,
+                max_memory_mib: limits.max_memory_mib,
+                max_disk_mib: limits.max_disk_mib,
+            },
+        })
+    }
+
+    fn vm(&self, view: &View) -> Result<Answer, ErrorBody> {
+        Answer::of(&view.info(&self.host.settings))
+    }
+
+    async fn open(&self, owner: &Owner, open: &OpenVm) -> Result<Answer, ErrorBody> {
+        let handle = self.registry.find(owner, &open.vm)?;
+        let opened = handle.ask(Command::Open).await?;
+        let mut answer = Answer::of(&Opened {
+            id: handle.id,
+            generation: opened.generation,
+        })?;
+        answer.stream = Some(opened.stream);
+        Ok(answer)
+    }
+}

@@ -1,0 +1,1 @@
+//! Control as a whole.
