@@ -119,6 +119,7 @@ pub(crate) fn serve_vsock(cgroups: Cgroups) -> Result<(), ListenError> {
     let backlog = Backlog::new(BACKLOG).map_err(system("choose a backlog"))?;
     listen(&listener, backlog).map_err(system("listen on vsock port 1024"))?;
 
+    log::info(format_args!("event=serving port={AGENT_PORT}"));
     // The doorbell: the host refuses this connection, and knows from it that the agent listens.
     // Kept open, so that the attempt is not withdrawn before the host has seen it.
     let bell = vsock_socket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;

@@ -1,6 +1,6 @@
 //! An agent in a directory of its own, and a client that speaks to it with nothing but `protocol`.
 
-#![allow(dead_code)]
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

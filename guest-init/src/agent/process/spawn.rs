@@ -206,10 +206,21 @@ fn prepare(surroundings: &Surroundings<'_>, report: RawFd) -> Result<(), Errno> 
     // Not only on exec: until then this process would hold other commands' pipes open.
     // SAFETY: plain numbers; nothing above the report's descriptor is used from here on.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 4, libc::c_uint::MAX, 0) })?;
+    // Straight to the kernel: the C library keeps some signals to itself, which the agent's own
+    // parent may have left ignored. SIGKILL and SIGSTOP are refused and need no reset.
+    let default_action = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL is a valid disposition for every signal; the C library refuses those that
-        // it keeps for itself and SIGKILL and SIGSTOP, which need no reset.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the kernel reads 32 bytes, its `sigaction` with the default handler, no flags and
+        // an empty mask of 8 bytes.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default_action.as_ptr(),
+                std::ptr::null::<u64>(),
+                8,
+            )
+        };
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
