@@ -1,0 +1,161 @@
+//! The command line's grammar. Values are parsed here into what the library takes.
+
+use clap::{Args, Parser, Subcommand};
+use client::protocol::id::{TemplateName, VmName};
+use client::protocol::vm::VmRef;
+
+/// Linux virtual machines on a supvm appliance.
+#[derive(Debug, Parser)]
+#[command(name = "sup", arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) target: TargetArguments,
+    #[command(subcommand)]
+    pub(crate) task: Task,
+}
+
+/// Which appliance.
+#[derive(Debug, Args)]
+pub(crate) struct TargetArguments {
+    /// The appliance's API: https://HOST:PORT or unix:/PATH
+    #[arg(long, env = "SUP_ENDPOINT", global = true)]
+    pub(crate) endpoint: Option<String>,
+    /// The token; other users of this machine can see it when given here, so prefer SUP_TOKEN
+    #[arg(long, env = "SUP_TOKEN", hide_env_values = true, global = true)]
+    pub(crate) token: Option<String>,
+    /// The appliance's CA certificate, a PEM file
+    #[arg(long, env = "SUP_CA", global = true)]
+    pub(crate) ca: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Create a VM, wait until it is ready and print its id
+    Create(Create),
+    /// List VMs
+    Ls {
+        /// As a JSON array
+        #[arg(long)]
+        json: bool,
+        /// Only the ids
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
+    },
+    /// Print all that is known of a VM, as JSON
+    Inspect {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Stop a VM; its disk is kept
+    Stop {
+        /// The VM's id or name
+        vm: VmRef,
+        /// Seconds after which it is switched off hard
+        #[arg(long)]
+        deadline: Option<u32>,
+    },
+    /// Start a stopped VM and wait until it is ready
+    Start {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Run a command in a VM; its exit code becomes sup's, 255 means that it could not be run
+    Exec(Exec),
+    /// Delete VMs and their disks
+    Rm {
+        /// Ids or names
+        #[arg(required = true)]
+        vms: Vec<VmRef>,
+    },
+    /// Print the version
+    Version,
+    /// Print the CA certificate that the appliance shows, and its SHA-256 on standard error
+    #[command(hide = true)]
+    CaFetch,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// The template to make its disk from
+    #[arg(long)]
+    pub(crate) template: Option<TemplateName>,
+    /// A name, unique among your VMs
+    #[arg(long)]
+    pub(crate) name: Option<VmName>,
+    /// Virtual CPUs
+    #[arg(long)]
+    pub(crate) cpus: Option<u16>,
+    /// Memory: MiB, or with a unit (512M, 2G)
+    #[arg(long, value_parser = mebibytes)]
+    pub(crate) memory: Option<u32>,
+    /// Disk: MiB, or with a unit (512M, 20G)
+    #[arg(long, value_parser = mebibytes)]
+    pub(crate) disk: Option<u32>,
+    /// A label of your own
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) label: Vec<(String, String)>,
+    /// An environment variable for every process in the VM
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) env: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Where to run it; a relative directory starts at /workspace
+    #[arg(long, default_value = "")]
+    pub(crate) cwd: String,
+    /// An environment variable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Give the command, one argument, to `sh -c`
+    #[arg(long)]
+    pub(crate) shell: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write it as KEY=VALUE".into()),
+    }
+}
+
+fn mebibytes(text: &str) -> Result<u32, String> {
+    let lower = text.to_ascii_lowercase();
+    let (number, factor) = [("gib", 1024), ("g", 1024), ("mib", 1), ("m", 1)]
+        .into_iter()
+        .find_map(|(unit, factor)| Some((lower.strip_suffix(unit)?, factor)))
+        .unwrap_or((&lower, 1));
+    number
+        .parse::<u32>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+        .filter(|size| *size > 0)
+        .ok_or_else(|| "write it in MiB, or with a unit: 512M, 2G".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_in_mebibytes_whatever_the_unit() {
+        assert_eq!(mebibytes("512"), Ok(512));
+        assert_eq!(mebibytes("512m"), Ok(512));
+        assert_eq!(mebibytes("2G"), Ok(2048));
+        assert_eq!(mebibytes("2GiB"), Ok(2048));
+        for text in ["", "g", "0", "-1", "1t", "9999999G", "1.5G"] {
+            assert!(mebibytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_grammar_is_free_of_contradictions() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+}

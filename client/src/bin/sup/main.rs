@@ -1,0 +1,167 @@
+//! `sup`: the command line of a supvm appliance. It parses, asks the library and prints; results go
+//! to standard output, everything about them to standard error.
+
+mod args;
+mod complaint;
+mod config;
+mod exec;
+mod show;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use client::protocol::hello::GENERATION;
+use client::protocol::vm::{CreateVm, VmRef};
+use client::{Client, new_vm};
+
+use args::{Arguments, Create, Task};
+use complaint::Complaint;
+use config::Target;
+
+/// What `sup exec` returns when the command could not be run to its end, through no fault of its
+/// own.
+const EXEC_FAILED: u8 = 255;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let failed = match arguments.task {
+        Task::Exec(_) => EXEC_FAILED,
+        _ => 1,
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            Complaint::new("starting", error.to_string()).print();
+            return failed.into();
+        }
+    };
+    let code = runtime
+        .block_on(run(arguments))
+        .unwrap_or_else(|complaint| {
+            complaint.print();
+            failed
+        });
+    // A read of standard input may still be blocked; nobody waits for it.
+    runtime.shutdown_background();
+    code.into()
+}
+
+async fn run(arguments: Arguments) -> Result<u8, Complaint> {
+    let target = || Target::find(&arguments.target);
+    match arguments.task {
+        Task::Create(create) => {
+            let request = create_request(create)?;
+            let client = connect(target()?).await?;
+            let vm = client
+                .create(request)
+                .await
+                .map_err(|error| Complaint::of("creating a VM", &error))?;
+            print(&format!("{}\n", vm.id))
+        }
+        Task::Ls { json, quiet } => {
+            let client = connect(target()?).await?;
+            let vms = client
+                .list()
+                .await
+                .map_err(|error| Complaint::of("listing VMs", &error))?;
+            print(&if json {
+                show::json_list(&vms)
+            } else if quiet {
+                vms.iter().map(|vm| format!("{}\n", vm.id)).collect()
+            } else {
+                show::table(&vms)
+            })
+        }
+        Task::Inspect { vm } => {
+            let client = connect(target()?).await?;
+            let info = client
+                .get(vm.clone())
+                .await
+                .map_err(|error| Complaint::of(&format!("inspecting {vm}"), &error))?;
+            print(&show::json(&info))
+        }
+        Task::Stop { vm, deadline } => {
+            let client = connect(target()?).await?;
+            let deadline_ms = deadline.map(|seconds| seconds.saturating_mul(1000));
+            client
+                .stop(vm.clone(), deadline_ms)
+                .await
+                .map_err(|error| Complaint::of(&format!("stopping {vm}"), &error))?;
+            Ok(0)
+        }
+        Task::Start { vm } => {
+            let client = connect(target()?).await?;
+            client
+                .start(vm.clone())
+                .await
+                .map_err(|error| Complaint::of(&format!("starting {vm}"), &error))?;
+            Ok(0)
+        }
+        Task::Exec(exec) => {
+            let client = connect(target()?).await?;
+            exec::run(&client, exec).await
+        }
+        Task::Rm { vms } => remove(&connect(target()?).await?, vms).await,
+        Task::Version => print(&format!(
+            "sup {} (protocol generation {})\n",
+            env!("CARGO_PKG_VERSION"),
+            GENERATION
+        )),
+        Task::CaFetch => {
+            let endpoint = Target::endpoint(&arguments.target)?;
+            let fetched = client::fetch_ca(&endpoint)
+                .await
+                .map_err(|error| Complaint::of("fetching the CA certificate", &error))?;
+            eprintln!("SHA-256 {}", fetched.sha256);
+            print(&fetched.pem)
+        }
+    }
+}
+
+async fn connect(target: Target) -> Result<Client, Complaint> {
+    let what = format!("connecting to {}", target.endpoint);
+    Client::connect(target.endpoint, target.token, target.trust)
+        .await
+        .map_err(|error| Complaint::of(&what, &error))
+}
+
+async fn remove(client: &Client, vms: Vec<VmRef>) -> Result<u8, Complaint> {
+    let mut code = 0;
+    for vm in vms {
+        if let Err(error) = client.delete(vm.clone()).await {
+            Complaint::of(&format!("deleting {vm}"), &error).print();
+            code = 1;
+        }
+    }
+    Ok(code)
+}
+
+fn create_request(create: Create) -> Result<CreateVm, Complaint> {
+    let fresh = new_vm().map_err(|error| Complaint::of("creating a VM", &error))?;
+    Ok(CreateVm {
+        template: create.template,
+        name: create.name,
+        cpus: create.cpus,
+        memory_mib: create.memory,
+        disk_mib: create.disk,
+        labels: create.label,
+        env: create.env,
+        ..fresh
+    })
+}
+
+/// Writes a result. A reader that has had enough is no error.
+fn print(text: &str) -> Result<u8, Complaint> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Complaint::new("writing the result", error.to_string()))
+        }
+        _ => Ok(0),
+    }
+}
