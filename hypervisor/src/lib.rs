@@ -4,7 +4,10 @@
 
 pub mod control;
 pub mod descriptors;
+pub mod init;
 pub mod log;
+pub mod net;
+mod netlink;
 pub mod role;
 pub mod settings;
 pub mod supervisor;

@@ -10,7 +10,12 @@ pub const VARIABLE: &str = "SUPVM_LOG";
 
 /// Starts logging at the level that [`VARIABLE`] names, or at `info`.
 pub fn start() {
-    let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    start_at("info");
+}
+
+/// Starts logging at the level that [`VARIABLE`] names, or at `level`.
+pub fn start_at(level: &str) {
+    let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
     let _ = tracing_subscriber::fmt()
         .compact()
         .with_env_filter(filter)

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use hypervisor::descriptors::Descriptors;
 use hypervisor::supervisor::{name_process, serve};
-use hypervisor::{control, log, role, token};
+use hypervisor::{control, init, log, net, role, token};
 
 /// Turns a server into a place that hands out Linux virtual machines.
 #[derive(Parser)]
@@ -30,9 +30,19 @@ enum Role {
     /// Everything that talks to the world (started by the supervisor).
     #[command(hide = true)]
     Proxy,
+    /// The host's addresses (started by the supervisor).
+    #[command(hide = true)]
+    Net,
+    /// One virtual machine (started by the supervisor).
+    #[command(hide = true)]
+    Vmm,
 }
 
 fn main() -> ExitCode {
+    // The kernel starts init with arguments of its own.
+    if std::process::id() == 1 {
+        init::run();
+    }
     let role = Arguments::parse().role;
     log::start();
     match run(role) {
@@ -52,6 +62,14 @@ fn run(role: Role) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Role::Control(arguments) => {
             name_process("control");
             control::run(Descriptors::take_from_environment()?, arguments)?;
+        }
+        Role::Net => {
+            name_process("net");
+            net::run(Descriptors::take_from_environment()?)?;
+        }
+        Role::Vmm => {
+            name_process("vmm");
+            return Ok(ExitCode::from(vmm::main()));
         }
         Role::Proxy => {
             use protocol::host::proxy::descriptor::{API, LISTEN};

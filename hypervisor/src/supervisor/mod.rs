@@ -38,11 +38,13 @@ use protocol::message::{Message, MessageError, decode};
 
 use self::duties::{Demand, Duties, Outcome};
 use self::prison::Prison;
+pub(crate) use self::service::SUPERVISOR;
 use self::service::{Kind, Service};
-use self::spawn::{Program, SpawnError};
+use self::spawn::Program;
 use self::vmms::Vmms;
 
 pub use self::sockets::SocketError;
+pub use self::spawn::SpawnError;
 
 /// How long the VMs have to stop by themselves when the host goes down.
 const VMS_STOP_WITHIN: Duration = Duration::from_secs(30);

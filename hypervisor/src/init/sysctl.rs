@@ -1,0 +1,30 @@
+//! The kernel's settings of the appliance, each with its reason.
+
+use std::fs;
+
+/// Below /proc/sys.
+const SETTINGS: &[(&str, &str)] = &[
+    // A host whose kernel is broken comes back by itself.
+    ("kernel/panic", "10"),
+    ("kernel/panic_on_oops", "1"),
+    // Nobody but root learns where the kernel lies or what it logs.
+    ("kernel/kptr_restrict", "2"),
+    ("kernel/dmesg_restrict", "1"),
+    ("kernel/unprivileged_bpf_disabled", "1"),
+    // Ctrl-Alt-Del is a signal to init, not a reset.
+    ("kernel/ctrl-alt-del", "0"),
+    // Guest memory is sparse by nature: it is refused by control's account, not by guess.
+    ("vm/overcommit_memory", "1"),
+    // The host forwards nothing: proxy does, in user space.
+    ("net/ipv4/ip_forward", "0"),
+    ("net/core/somaxconn", "4096"),
+];
+
+/// Sets them. What this kernel does not have is told and done without.
+pub(super) fn apply() {
+    for (name, value) in SETTINGS {
+        if let Err(error) = fs::write(format!("/proc/sys/{name}"), value) {
+            tracing::warn!(name, value, %error, "kernel setting not made");
+        }
+    }
+}
