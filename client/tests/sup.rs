@@ -1,0 +1,262 @@
+//! The `sup` program as a user meets it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::process::{Output, Stdio};
+
+use client::protocol::vm::{CreateVm, EndReason, VmInfo, VmPage};
+use client::protocol::{ErrorBody, ErrorCode, Kind, message};
+use common::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+
+/// `sup` with an empty home and nothing configured.
+fn bare(home: &std::path::Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
+    command
+        .env_clear()
+        .env("HOME", home)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+fn sup(appliance: &Appliance, arguments: &[&str]) -> Command {
+    let mut command = bare(appliance.dir.path());
+    command
+        .env("SUP_ENDPOINT", appliance.unix())
+        .env("SUP_TOKEN", TOKEN)
+        .args(arguments);
+    command
+}
+
+async fn run(appliance: &Appliance, arguments: &[&str]) -> (i32, String, String) {
+    told(sup(appliance, arguments).output().await.unwrap())
+}
+
+fn told(output: Output) -> (i32, String, String) {
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+async fn scripted() -> Appliance {
+    Appliance::start(8, |request| match Kind(request.kind) {
+        Kind::OPEN_VM => Reply::Agent,
+        Kind::GET_VM => Reply::message(&VmInfo {
+            end_reason: EndReason::GuestPanic,
+            end_message: "the kernel panicked".into(),
+            ..info(VM)
+        }),
+        Kind::LIST_VMS => Reply::message(&VmPage {
+            vms: vec![info(VM)],
+            more: false,
+        }),
+        Kind::CREATE_VM => {
+            let asked: CreateVm = message::decode_body(&request.body).unwrap();
+            if asked.template.is_some_and(|name| name.as_str() == "nope") {
+                return Reply::message(
+                    &ErrorBody::caller(ErrorCode::TemplateNotFound, "no template `nope`")
+                        .with_detail("there is: debian"),
+                );
+            }
+            assert_eq!(asked.memory_mib, Some(2048));
+            assert_eq!(asked.labels, [("a".to_owned(), "b=c".to_owned())]);
+            Reply::message(&info(VM))
+        }
+        Kind::DELETE_VM => Reply::error(ErrorCode::VmNotFound, "no VM `web`"),
+        _ => Reply::message(&info(VM)),
+    })
+    .await
+}
+
+#[tokio::test]
+async fn without_configuration_it_says_what_to_set() {
+    let home = tempfile::tempdir().unwrap();
+    let (code, _, said) = told(bare(home.path()).arg("ls").output().await.unwrap());
+    assert_eq!(code, 1);
+    assert!(said.contains("SUP_ENDPOINT"), "{said}");
+    let mut command = bare(home.path());
+    command.env("SUP_ENDPOINT", "unix:/x").args(["ls"]);
+    let (_, _, said) = told(command.output().await.unwrap());
+    assert!(said.contains("SUP_TOKEN"), "{said}");
+    let mut command = bare(home.path());
+    command.args(["exec", VM, "--", "true"]);
+    assert_eq!(told(command.output().await.unwrap()).0, 255);
+}
+
+#[tokio::test]
+async fn the_config_file_is_used_and_flags_come_before_it() {
+    let appliance = scripted().await;
+    let directory = appliance.dir.path().join(".config/supvm");
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(directory.join("ca.pem"), &appliance.ca_pem).unwrap();
+    let config = format!(
+        "endpoint = \"{}\"\ntoken = \"{TOKEN}\"\nca = \"ca.pem\"\n",
+        appliance.tls()
+    );
+    std::fs::write(directory.join("config.toml"), config).unwrap();
+    let mut command = bare(appliance.dir.path());
+    let (code, out, said) = told(command.args(["ls", "-q"]).output().await.unwrap());
+    assert_eq!((code, out.as_str()), (0, "vm-0000abcd\n"), "{said}");
+    let mut command = bare(appliance.dir.path());
+    command.args(["ls", "--token", "wrong"]);
+    let (code, _, said) = told(command.output().await.unwrap());
+    assert_eq!(code, 1);
+    assert!(said.contains("SUP_TOKEN"), "{said}");
+    std::fs::write(directory.join("config.toml"), "token = 'hidden\n").unwrap();
+    let (code, _, said) = told(bare(appliance.dir.path()).arg("ls").output().await.unwrap());
+    assert_eq!(code, 1);
+    assert!(
+        said.contains("config.toml") && !said.contains("hidden"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn create_prints_the_id_and_a_refusal_its_detail() {
+    let appliance = scripted().await;
+    let good = ["create", "--memory", "2G", "--label", "a=b=c"];
+    assert_eq!(
+        run(&appliance, &good).await,
+        (0, "vm-0000abcd\n".into(), String::new())
+    );
+    let (code, out, said) = run(&appliance, &["create", "--template", "nope"]).await;
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!(
+        said,
+        "sup: creating a VM: no template `nope`\n  there is: debian\n"
+    );
+}
+
+#[tokio::test]
+async fn lists_come_as_a_table_as_ids_and_as_json() {
+    let appliance = scripted().await;
+    let (_, table, _) = run(&appliance, &["ls"]).await;
+    let lines: Vec<_> = table.lines().collect();
+    assert!(lines[0].starts_with("ID "), "{table}");
+    assert!(lines[1].contains("debian@13.1"), "{table}");
+    let (_, json, _) = run(&appliance, &["ls", "--json"]).await;
+    let list: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(list[0]["id"], VM);
+    assert_eq!(list[0]["state"], "running");
+    let (_, json, _) = run(&appliance, &["inspect", "web"]).await;
+    let vm: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(vm["labels"]["team"], "a");
+    assert_eq!(vm["endReason"], "guest-panic");
+}
+
+#[tokio::test]
+async fn rm_tries_every_vm_and_fails_if_one_failed() {
+    let appliance = scripted().await;
+    let (code, _, said) = run(&appliance, &["rm", "web", "db"]).await;
+    assert_eq!(code, 1);
+    assert_eq!(said.lines().count(), 2, "{said}");
+}
+
+#[tokio::test]
+async fn the_commands_exit_code_and_both_outputs_come_through() {
+    let appliance = scripted().await;
+    let (code, out, said) = run(&appliance, &["exec", VM, "--", "echo", "hi"]).await;
+    assert_eq!((code, out.as_str(), said.as_str()), (0, "hi", "to stderr"));
+    assert_eq!(
+        run(&appliance, &["exec", VM, "--", "exit", "42"]).await.0,
+        42
+    );
+    let (code, _, said) = run(&appliance, &["exec", VM, "--", "missing"]).await;
+    assert_eq!((code, said.as_str()), (127, "sup: not found: missing\n"));
+    let (code, _, said) = run(&appliance, &["exec", VM, "--", "segfault"]).await;
+    assert_eq!(code, 139);
+    assert!(said.contains("SIGSEGV"), "{said}");
+}
+
+#[tokio::test]
+async fn variables_and_the_directory_reach_the_command() {
+    let appliance = scripted().await;
+    let arguments = ["exec", VM, "--env", "K=v", "--cwd", "/d", "--", "env", "K"];
+    assert_eq!(run(&appliance, &arguments).await.1, "v/d");
+}
+
+#[tokio::test]
+async fn faults_of_appliance_or_vm_exit_255_and_say_why() {
+    let appliance = scripted().await;
+    let (code, out, said) = run(&appliance, &["exec", VM, "--", "vanish"]).await;
+    assert_eq!((code, out.as_str()), (255, "half"));
+    assert!(said.contains("guest-panic: the kernel panicked"), "{said}");
+    for script in ["giant-frame", "garbage-end", "output-before-start"] {
+        let (code, _, said) = run(&appliance, &["exec", VM, "--", script]).await;
+        assert_eq!(code, 255, "{script}: {said}");
+        assert!(said.starts_with("sup: running a command in"), "{said}");
+    }
+    let (code, _, said) = run(&appliance, &["exec", VM, "--", "refuse"]).await;
+    assert_eq!(code, 255);
+    assert!(!said.contains('\x1b'), "{said:?}");
+    assert!(said.contains("\n  line one\n  line two\n"), "{said:?}");
+    let mut command = sup(&appliance, &["exec", VM, "--", "exit", "0"]);
+    command.env("SUP_TOKEN", "wrong");
+    assert_eq!(told(command.output().await.unwrap()).0, 255);
+}
+
+#[tokio::test]
+async fn standard_input_is_forwarded_to_its_end() {
+    let appliance = scripted().await;
+    let mut child = sup(&appliance, &["exec", VM, "--", "cat"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let sent = vec![b'x'; 200_000];
+    let copy = sent.clone();
+    let writing = tokio::spawn(async move { stdin.write_all(&copy).await.unwrap() });
+    let output = child.wait_with_output().await.unwrap();
+    writing.await.unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout == sent);
+}
+
+#[tokio::test]
+async fn an_open_standard_input_is_not_waited_for() {
+    let appliance = scripted().await;
+    let mut child = sup(&appliance, &["exec", VM, "--", "exit", "5"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let held = child.stdin.take();
+    assert_eq!(child.wait().await.unwrap().code(), Some(5));
+    drop(held);
+}
+
+#[tokio::test]
+async fn ctrl_c_goes_to_the_command() {
+    let appliance = scripted().await;
+    let mut child = sup(&appliance, &["exec", VM, "--", "until-signal"])
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).await.unwrap();
+    assert_eq!(line, "ready\n");
+    let pid = Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
+    kill(pid, Signal::SIGINT).unwrap();
+    assert_eq!(child.wait().await.unwrap().code(), Some(130));
+}
+
+#[tokio::test]
+async fn the_ca_is_fetched_with_its_hash_apart() {
+    let appliance = scripted().await;
+    let mut command = bare(appliance.dir.path());
+    command.args(["ca-fetch", "--endpoint", &appliance.tls()]);
+    let (code, out, said) = told(command.output().await.unwrap());
+    assert_eq!(code, 0, "{said}");
+    assert!(out.starts_with("-----BEGIN CERTIFICATE-----\n"), "{out}");
+    let hash = said.strip_prefix("SHA-256 ").unwrap().trim();
+    assert_eq!(hash.len(), 64);
+}
