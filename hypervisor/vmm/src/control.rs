@@ -2,11 +2,11 @@
 //! at any moment, in the middle of a message too, and its successor must get in: a new connection
 //! replaces the old one, and nothing that comes over it can end the machine but `SwitchOff`.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::{io, mem};
 
-use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::socket::{SockFlag, SockType, accept4, getsockopt, sockopt};
 use protocol::error::{ErrorBody, ErrorCode};
 use protocol::frame::Kind;
 use protocol::host::channel::{self, ChannelError, Packet};
@@ -46,6 +46,8 @@ impl Streams for VsockHost {
 pub(crate) struct Control<S> {
     listen: OwnedFd,
     connection: Option<OwnedFd>,
+    /// A descriptor to give up when there are no more, so that control can still get in.
+    spare: Option<OwnedFd>,
     run: Run,
     model: u32,
     agent_rang: bool,
@@ -57,6 +59,7 @@ impl<S: Streams> Control<S> {
     pub(crate) fn new(listen: OwnedFd, run: Run, model: u32, streams: S) -> io::Result<Self> {
         set_nonblocking(listen.as_fd())?;
         Ok(Self {
+            spare: Some(listen.try_clone()?),
             listen,
             connection: None,
             run,
@@ -73,15 +76,21 @@ impl<S: Streams> Control<S> {
 
     /// Takes the next control in. True if the connection changed: then it must be waited for anew.
     pub(crate) fn accept(&mut self) -> bool {
-        match accept4(
-            self.listen.as_raw_fd(),
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        ) {
-            Ok(number) => {
-                // SAFETY: the kernel just made it for us.
-                let connection = unsafe { OwnedFd::from_raw_fd(number) };
+        let mut accepted = self.try_accept();
+        if matches!(accepted, Err(nix::Error::EMFILE | nix::Error::ENFILE)) {
+            // The old connection makes room for its successor: otherwise the listening socket would
+            // stay readable and nobody could ever get in.
+            self.connection = None;
+            self.spare = None;
+            accepted = self.try_accept();
+        }
+        match accepted {
+            Ok(connection) => {
                 // An older connection is closed here, and leaves every epoll by that.
-                drop(mem::replace(&mut self.connection, Some(connection)));
+                self.connection = Some(connection);
+                if self.spare.is_none() {
+                    self.spare = self.listen.try_clone().ok();
+                }
                 tracing::info!("control connected");
                 true
             }
@@ -91,6 +100,15 @@ impl<S: Streams> Control<S> {
                 false
             }
         }
+    }
+
+    fn try_accept(&self) -> nix::Result<OwnedFd> {
+        let number = accept4(
+            self.listen.as_raw_fd(),
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        )?;
+        // SAFETY: the kernel just made it for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
     /// The connection, readable when control says something.
@@ -173,10 +191,16 @@ impl<S: Streams> Control<S> {
                 return;
             }
         };
-        if let Err(error) = stream.set_nonblocking(true) {
+        let kind = getsockopt(&stream, sockopt::SockType).map_err(io::Error::from);
+        let usable = match kind {
+            Ok(SockType::Stream) => stream.set_nonblocking(true),
+            Ok(_) => Err(io::ErrorKind::InvalidInput.into()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = usable {
             self.answer(&NotConnected {
                 ticket,
-                message: format!("what is attached is no socket: {error}"),
+                message: format!("what is attached is no stream socket: {error}"),
             });
             return;
         }
@@ -230,4 +254,194 @@ fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use nix::sys::socket::{AddressFamily, Backlog, UnixAddr, bind, listen, setsockopt, socket};
+    use nix::sys::time::TimeVal;
+    use protocol::frame;
+
+    use super::*;
+
+    type Opened = Rc<RefCell<Vec<(u64, u32, bool)>>>;
+
+    impl Streams for Opened {
+        fn connect(&self, ticket: u64, port: u32, wait_for_agent: bool, _: UnixStream) {
+            self.borrow_mut().push((ticket, port, wait_for_agent));
+        }
+    }
+
+    struct Host {
+        control: Control<Opened>,
+        opened: Opened,
+        path: tempfile::TempDir,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let path = tempfile::tempdir().unwrap();
+            let listening = packet_socket();
+            bind(listening.as_raw_fd(), &address(&path)).unwrap();
+            listen(&listening, Backlog::new(8).unwrap()).unwrap();
+            let run = Run {
+                vm: "vm-00000000".parse().unwrap(),
+                generation: 3,
+            };
+            let opened = Opened::default();
+            Self {
+                control: Control::new(listening, run, 1, opened.clone()).unwrap(),
+                opened,
+                path,
+            }
+        }
+
+        fn connect(&mut self) -> OwnedFd {
+            let client = packet_socket();
+            nix::sys::socket::connect(client.as_raw_fd(), &address(&self.path)).unwrap();
+            assert!(self.control.accept());
+            // An answer that does not come is a failure, not a hang.
+            setsockopt(&client, sockopt::ReceiveTimeout, &TimeVal::new(10, 0)).unwrap();
+            client
+        }
+    }
+
+    fn packet_socket() -> OwnedFd {
+        socket(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap()
+    }
+
+    fn address(path: &tempfile::TempDir) -> UnixAddr {
+        UnixAddr::new(&path.path().join("s")).unwrap()
+    }
+
+    fn say<M: Message>(client: &OwnedFd, message: &M) {
+        channel::send(client.as_fd(), message, &[]).unwrap();
+    }
+
+    fn hear<M: Message>(client: &OwnedFd) -> M {
+        let packet = channel::receive(client.as_fd()).unwrap().unwrap();
+        decode(&packet.frame).unwrap()
+    }
+
+    fn works(host: &mut Host, client: &OwnedFd) {
+        say(client, &Identify {});
+        assert_eq!(host.control.serve(), Next::Wait);
+        assert_eq!(hear::<Identity>(client).run.generation, 3);
+    }
+
+    #[test]
+    fn a_new_control_replaces_the_old_one() {
+        let mut host = Host::new();
+        let first = host.connect();
+        let second = host.connect();
+        assert!(channel::receive(first.as_fd()).unwrap().is_none());
+        works(&mut host, &second);
+    }
+
+    #[test]
+    fn a_control_that_vanished_with_answers_unread_harms_nothing() {
+        let mut host = Host::new();
+        let first = host.connect();
+        say(&first, &Identify {});
+        say(&first, &Identify {});
+        drop(first);
+        assert_eq!(host.control.serve(), Next::Wait);
+        assert!(host.control.connection().is_none());
+        host.control.vsock(VsockEvent::Connected { ticket: 1 });
+        let second = host.connect();
+        works(&mut host, &second);
+    }
+
+    #[test]
+    fn garbage_closes_the_connection_and_nothing_else() {
+        let mut host = Host::new();
+        let first = host.connect();
+        channel::send_bytes(first.as_fd(), b"garbage", &[]).unwrap();
+        assert_eq!(host.control.serve(), Next::Wait);
+        assert!(host.control.connection().is_none());
+        let second = host.connect();
+        works(&mut host, &second);
+    }
+
+    #[test]
+    fn unknown_kinds_and_malformed_bodies_are_answered() {
+        let mut host = Host::new();
+        let client = host.connect();
+        for (kind, body, code) in [
+            (Kind(0x7777), &b"?"[..], ErrorCode::Unsupported),
+            (Kind::CONNECT, b"", ErrorCode::Malformed),
+            (Kind::SWITCH_OFF, b"too much", ErrorCode::Malformed),
+        ] {
+            let mut bytes = Vec::new();
+            frame::append(&mut bytes, kind, body).unwrap();
+            channel::send_bytes(client.as_fd(), &bytes, &[]).unwrap();
+            assert_eq!(host.control.serve(), Next::Wait);
+            assert_eq!(hear::<ErrorBody>(&client).code, code, "{kind}");
+        }
+        works(&mut host, &client);
+    }
+
+    #[test]
+    fn a_stream_without_its_socket_is_refused_by_name() {
+        let mut host = Host::new();
+        let client = host.connect();
+        let connect = Connect {
+            ticket: 9,
+            port: 1024,
+            wait_for_agent: true,
+        };
+        say(&client, &connect);
+        let file = tempfile::tempfile().unwrap();
+        channel::send(client.as_fd(), &connect, &[file.as_fd()]).unwrap();
+        host.control.serve();
+        for _ in 0..2 {
+            assert_eq!(hear::<NotConnected>(&client).ticket, 9);
+        }
+        assert!(host.opened.borrow().is_empty());
+
+        let (stream, _other) = UnixStream::pair().unwrap();
+        channel::send(client.as_fd(), &connect, &[stream.as_fd()]).unwrap();
+        host.control.serve();
+        assert_eq!(*host.opened.borrow(), [(9, 1024, true)]);
+        host.control.vsock(VsockEvent::Connected { ticket: 9 });
+        assert_eq!(hear::<Connected>(&client).ticket, 9);
+    }
+
+    #[test]
+    fn the_doorbell_turns_booting_into_running() {
+        let mut host = Host::new();
+        let client = host.connect();
+        assert_eq!(host.control.state(), MachineState::Booting);
+        host.control.vsock(VsockEvent::AgentRang);
+        say(&client, &Identify {});
+        host.control.serve();
+        assert_eq!(hear::<Identity>(&client).state, MachineState::Running);
+    }
+
+    #[test]
+    fn switching_off_ends_the_machine() {
+        let mut host = Host::new();
+        let client = host.connect();
+        say(&client, &SwitchOff {});
+        assert_eq!(host.control.serve(), Next::SwitchOff);
+    }
+
+    #[test]
+    fn a_control_that_reads_nothing_is_dropped_not_waited_for() {
+        let mut host = Host::new();
+        let _client = host.connect();
+        for ticket in 0..100_000 {
+            host.control.vsock(VsockEvent::Connected { ticket });
+        }
+        assert!(host.control.connection().is_none());
+    }
 }

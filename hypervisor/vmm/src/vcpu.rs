@@ -188,7 +188,10 @@ fn log_registers(vcpu: &VcpuFd, cause: &Cause) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
     use crate::console_log::ConsoleLog;
@@ -233,5 +236,62 @@ mod tests {
                 "{name}"
             );
         }
+    }
+
+    /// A virtual machine of one page with this real-mode code at 0x1000.
+    fn tiny_guest(code: &[u8]) -> Option<(kvm_ioctls::VmFd, GuestMemoryMmap, VcpuFd)> {
+        let vm = match kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()) {
+            Ok(vm) => vm,
+            Err(error) => {
+                println!("SKIPPED: /dev/kvm cannot be used here: {error}");
+                return None;
+            }
+        };
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        memory.write_slice(code, GuestAddress(0x1000)).unwrap();
+        crate::memory::give_to_kvm(&vm, &memory).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cs.base = 0;
+        sregs.cs.selector = 0;
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut regs = vcpu.get_regs().unwrap();
+        regs.rip = 0x1000;
+        regs.rflags = 2;
+        vcpu.set_regs(&regs).unwrap();
+        Some((vm, memory, vcpu))
+    }
+
+    #[test]
+    fn a_vcpu_that_never_exits_can_be_stopped() {
+        let Some((_vm, _memory, vcpu)) = tiny_guest(&[0xeb, 0xfe]) else {
+            return;
+        };
+        let (teller, told) = crate::ending::teller().unwrap();
+        let gate = Arc::new(Barrier::new(2));
+        let vcpus = Vcpus::start(vec![vcpu], &Arc::new(platform()), &teller, &gate).unwrap();
+        gate.wait();
+        vcpus.stop();
+        assert_eq!(told.cause(), None);
+    }
+
+    #[test]
+    fn a_guests_last_port_write_reaches_the_main_thread() {
+        // mov dx, 0x602; mov al, 1; out dx, al
+        let Some((_vm, _memory, vcpu)) = tiny_guest(&[0xba, 0x02, 0x06, 0xb0, 0x01, 0xee]) else {
+            return;
+        };
+        let (teller, told) = crate::ending::teller().unwrap();
+        let gate = Arc::new(Barrier::new(2));
+        let vcpus = Vcpus::start(vec![vcpu], &Arc::new(platform()), &teller, &gate).unwrap();
+        gate.wait();
+        let mut waiting = [nix::poll::PollFd::new(
+            // SAFETY: the event lives to the end of the test.
+            unsafe { std::os::fd::BorrowedFd::borrow_raw(told.event().as_raw_fd()) },
+            nix::poll::PollFlags::POLLIN,
+        )];
+        assert_eq!(nix::poll::poll(&mut waiting, 30_000_u16).unwrap(), 1);
+        assert_eq!(told.cause(), Some(Cause::Reset));
+        vcpus.stop();
     }
 }
