@@ -1,0 +1,72 @@
+//! Short ways to what scenarios, demonstration and measurements do all the time: a VM that is
+//! deleted in the end, a command with its whole output.
+
+use client::{Client, ClientError, Command, Output};
+use protocol::process::ProcessEnded;
+use protocol::vm::{CreateVm, VmInfo, VmRef};
+
+/// A command's output and end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Finished {
+    /// Standard output.
+    pub(crate) stdout: String,
+    /// Standard error.
+    pub(crate) stderr: String,
+    /// How it ended.
+    pub(crate) ended: ProcessEnded,
+}
+
+impl Finished {
+    /// Whether it exited with code 0.
+    pub(crate) fn succeeded(&self) -> bool {
+        self.ended.exit_code == 0 && self.ended.signal == 0
+    }
+}
+
+/// A VM by its identifier.
+pub(crate) fn reference(vm: &VmInfo) -> VmRef {
+    VmRef::Id(vm.id.clone())
+}
+
+/// Makes a VM of the default size with a changed request.
+pub(crate) async fn create(
+    client: &Client,
+    change: impl FnOnce(&mut CreateVm),
+) -> Result<VmInfo, ClientError> {
+    let mut request = client::new_vm()?;
+    change(&mut request);
+    client.create(request).await
+}
+
+/// Runs a command to its end.
+pub(crate) async fn run(
+    client: &Client,
+    vm: &VmInfo,
+    command: Command,
+) -> Result<Finished, ClientError> {
+    let mut execution = client.vm(reference(vm)).exec(command).await?;
+    let mut stdout = Vec::new();
+    let mut stderr = Vec::new();
+    while let Some(output) = execution.next().await? {
+        match output {
+            Output::Stdout(bytes) => stdout.extend_from_slice(&bytes),
+            Output::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+            _ => {}
+        }
+    }
+    let ended = execution.ended().cloned().ok_or(ClientError::AgentGone)?;
+    Ok(Finished {
+        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        ended,
+    })
+}
+
+/// Runs a shell line to its end.
+pub(crate) async fn shell(
+    client: &Client,
+    vm: &VmInfo,
+    line: &str,
+) -> Result<Finished, ClientError> {
+    run(client, vm, Command::shell(line)).await
+}
