@@ -530,7 +530,7 @@ mod tests {
                 "\ntokens = [{ owner = \"me\", blake3 = \"12\" }]",
                 "64 hexadecimal",
             ),
-            ("\ntokens = [{ owner = \"Me\", blake3 = \"12\" }]", "`Me`"),
+            ("\ntokens = [{ owner = \"Me\" }]", "`Me`"),
             ("\nlog = { level = \"loud\" }", "`loud`"),
         ] {
             let error = parse(text).unwrap_err();

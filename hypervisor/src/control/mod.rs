@@ -157,15 +157,17 @@ async fn serve(
                 registry: registry.clone(),
             }),
         };
-        tokio::select! {
-            () = api.run() => {}
-            deadline = shut_down.wait_for(Option::is_some) => {
-                let deadline = deadline.map(|deadline| *deadline).ok().flatten();
-                tracing::info!("the host goes down; stopping all VMs");
-                host.going_down.store(true, Ordering::Relaxed);
-                registry.shut_down(deadline.unwrap_or_default()).await;
-            }
-        }
+        let deadline = async {
+            let deadline = shut_down.wait_for(Option::is_some).await;
+            deadline.ok().and_then(|deadline| *deadline)
+        };
+        let deadline = tokio::select! {
+            () = api.run() => None,
+            deadline = deadline => deadline,
+        };
+        tracing::info!("the host goes down; stopping all VMs");
+        host.going_down.store(true, Ordering::Relaxed);
+        registry.shut_down(deadline.unwrap_or_default()).await;
         Ok(())
     };
     tokio::select! {

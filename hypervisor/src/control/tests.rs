@@ -1,1 +1,7 @@
-//! Control as a whole.
+//! Control as a whole, over its real sockets and on a real state directory. Only its neighbours are
+//! stand-ins: the supervisor, proxy, and monitors whose guests follow a script.
+
+mod lifecycle;
+mod refusals;
+mod restarts;
+mod world;
