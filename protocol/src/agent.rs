@@ -61,3 +61,52 @@ messages! {
     POWER_OFF => PowerOff,
     POWERING_OFF => PoweringOff,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Message, decode_body, encode};
+
+    /// The frame is these bytes, and these bytes are the message.
+    #[track_caller]
+    fn golden<M: Message + PartialEq + std::fmt::Debug>(message: &M, bytes: &[u8]) {
+        assert_eq!(encode(message).unwrap(), bytes);
+        assert_eq!(
+            &decode_body::<M>(&bytes[crate::frame::HEADER_LEN..]).unwrap(),
+            message
+        );
+    }
+
+    #[test]
+    fn golden_configure() {
+        let configure = Configure {
+            vm: "v".into(),
+            generation: 2,
+            hostname: "h".into(),
+            machine_id: [1; 16],
+            unix_ns: 128,
+            entropy: [2; 32],
+            dns: vec!["d".into()],
+            env: vec![("k".into(), "v".into())],
+            grow_disk: true,
+        };
+        let mut bytes = b"\x40\0\0\0\x80\x01\0\x01v\x02\x01h".to_vec();
+        bytes.extend_from_slice(&[1; 16]);
+        bytes.extend_from_slice(b"\x80\x01");
+        bytes.extend_from_slice(&[2; 32]);
+        bytes.extend_from_slice(b"\x01\x01d\x01\x01k\x01v\x01");
+        golden(&configure, &bytes);
+    }
+
+    #[test]
+    fn golden_answers_and_power_off() {
+        let configured = Configured {
+            agent_version: "1".into(),
+            boot_id: "b".into(),
+            disk_bytes: 300,
+        };
+        golden(&configured, b"\x06\0\0\0\x81\x01\0\x011\x01b\xac\x02");
+        golden(&PowerOff { grace_ms: 300 }, b"\x02\0\0\0\x82\x01\0\xac\x02");
+        golden(&PoweringOff {}, b"\0\0\0\0\x83\x01\0");
+    }
+}

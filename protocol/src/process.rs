@@ -104,3 +104,52 @@ messages! {
     PROCESS_ENDED => ProcessEnded,
     SIGNAL_PROCESS => SignalProcess,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Message, decode_body, encode};
+
+    /// The frame is these bytes, and these bytes are the message.
+    #[track_caller]
+    fn golden<M: Message + PartialEq + std::fmt::Debug>(message: &M, bytes: &[u8]) {
+        assert_eq!(encode(message).unwrap(), bytes);
+        assert_eq!(
+            &decode_body::<M>(&bytes[crate::frame::HEADER_LEN..]).unwrap(),
+            message
+        );
+    }
+
+    #[test]
+    fn golden_start() {
+        let start = StartProcess {
+            id: ProcessId([9; 16]),
+            mode: CommandMode::Argv,
+            command: vec![b"ls".to_vec(), b"-l".to_vec()],
+            cwd: b"/".to_vec(),
+            env: vec![(b"A".to_vec(), Some(b"1".to_vec())), (b"B".to_vec(), None)],
+            stdin: StdinMode::Pipe,
+        };
+        let mut bytes = b"\x24\0\0\0\x00\x02\0".to_vec();
+        bytes.extend_from_slice(&[9; 16]);
+        bytes.extend_from_slice(b"\0\x02\x02ls\x02-l\x01/\x02\x01A\x01\x011\x01B\0\x01");
+        golden(&start, &bytes);
+    }
+
+    #[test]
+    fn golden_life_of_a_process() {
+        golden(
+            &ProcessStarted { pid: 300 },
+            b"\x02\0\0\0\x01\x02\0\xac\x02",
+        );
+        let ended = ProcessEnded {
+            end: ProcessEnd::Signalled,
+            exit_code: 139,
+            signal: 11,
+            output_open: true,
+            message: "k".into(),
+        };
+        golden(&ended, b"\x06\0\0\0\x06\x02\0\x01\x8b\x0b\x01\x01k");
+        golden(&SignalProcess { signal: 15 }, b"\x01\0\0\0\x07\x02\0\x0f");
+    }
+}

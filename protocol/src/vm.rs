@@ -251,3 +251,117 @@ messages! {
     DELETED => Deleted,
     OPENED => Opened,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Message, decode_body, encode};
+
+    /// The frame is these bytes, and these bytes are the message.
+    #[track_caller]
+    fn golden<M: Message + PartialEq + std::fmt::Debug>(message: &M, bytes: &[u8]) {
+        assert_eq!(encode(message).unwrap(), bytes);
+        assert_eq!(
+            &decode_body::<M>(&bytes[crate::frame::HEADER_LEN..]).unwrap(),
+            message
+        );
+    }
+
+    fn id() -> VmId {
+        "vm-1234abcd".parse().unwrap()
+    }
+
+    fn name() -> VmRef {
+        "web".parse().unwrap()
+    }
+
+    #[test]
+    fn golden_create() {
+        let create = CreateVm {
+            key: IdempotencyKey([7; 16]),
+            template: Some("debian".parse().unwrap()),
+            name: None,
+            cpus: Some(4),
+            memory_mib: Some(2048),
+            disk_mib: None,
+            labels: vec![("a".into(), "b".into())],
+            env: Vec::new(),
+        };
+        golden(
+            &create,
+            b"\x25\0\0\0\x00\x01\0\
+              \x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\
+              \x01\x06debian\0\x01\x04\x01\x80\x10\0\x01\x01a\x01b\0",
+        );
+    }
+
+    #[test]
+    fn golden_requests() {
+        let by_id = GetVm {
+            vm: VmRef::Id(id()),
+        };
+        golden(&by_id, b"\x0c\0\0\0\x01\x01\0\x0bvm-1234abcd");
+        golden(&GetVm { vm: name() }, b"\x04\0\0\0\x01\x01\0\x03web");
+        let list = ListVms {
+            after: Some(id()),
+            limit: 300,
+        };
+        golden(&list, b"\x0f\0\0\0\x02\x01\0\x01\x0bvm-1234abcd\xac\x02");
+        let stop = StopVm {
+            vm: name(),
+            deadline_ms: Some(30_000),
+        };
+        golden(&stop, b"\x08\0\0\0\x03\x01\0\x03web\x01\xb0\xea\x01");
+        golden(&StartVm { vm: name() }, b"\x04\0\0\0\x04\x01\0\x03web");
+        golden(&DeleteVm { vm: name() }, b"\x04\0\0\0\x05\x01\0\x03web");
+        golden(&OpenVm { vm: name() }, b"\x04\0\0\0\x06\x01\0\x03web");
+    }
+
+    #[test]
+    fn golden_answers() {
+        let info = VmInfo {
+            id: id(),
+            name: Some("web".parse().unwrap()),
+            state: VmState::Running,
+            end_reason: EndReason::GuestPanic,
+            end_message: "x".into(),
+            template: "debian".parse().unwrap(),
+            template_version: "13".parse().unwrap(),
+            cpus: 2,
+            memory_mib: 1024,
+            disk_mib: 10_240,
+            labels: Vec::new(),
+            created_unix_ms: 1_700_000_000_000,
+            generation: 1,
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+            url: "u".into(),
+        };
+        golden(
+            &info,
+            b"\x43\0\0\0\x10\x01\0\
+              \x0bvm-1234abcd\x01\x03web\x02\x04\x01x\x06debian\x0213\
+              \x02\x80\x08\x80\x50\0\x80\xd0\x95\xff\xbc\x31\x01\
+              \x14abcdefghijklmnopqrst\x01u",
+        );
+        let page = VmPage {
+            vms: Vec::new(),
+            more: true,
+        };
+        golden(&page, b"\x02\0\0\0\x11\x01\0\0\x01");
+        golden(
+            &Deleted { id: id() },
+            b"\x0c\0\0\0\x12\x01\0\x0bvm-1234abcd",
+        );
+        let opened = Opened {
+            id: id(),
+            generation: 300,
+        };
+        golden(&opened, b"\x0e\0\0\0\x13\x01\0\x0bvm-1234abcd\xac\x02");
+    }
+
+    #[test]
+    fn numbers_that_are_not_known_yet_survive() {
+        assert_eq!(VmState::from_wire(200).to_wire(), 200);
+        assert_eq!(EndReason::from_wire(200), EndReason::Other(200));
+    }
+}
