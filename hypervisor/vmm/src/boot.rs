@@ -223,3 +223,127 @@ fn e820(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
     }
     map
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const ENTRY: u64 = 0x20_0000;
+
+    /// The smallest ELF that is a kernel: one segment of `code`.
+    fn kernel(code: &[u8]) -> File {
+        let mut elf = Vec::new();
+        elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        elf.extend_from_slice(&2_u16.to_le_bytes()); // executable
+        elf.extend_from_slice(&62_u16.to_le_bytes()); // x86-64
+        elf.extend_from_slice(&1_u32.to_le_bytes());
+        elf.extend_from_slice(&ENTRY.to_le_bytes());
+        elf.extend_from_slice(&64_u64.to_le_bytes()); // program headers follow
+        elf.extend_from_slice(&0_u64.to_le_bytes());
+        elf.extend_from_slice(&0_u32.to_le_bytes());
+        for half in [64_u16, 56, 1, 0, 0, 0] {
+            elf.extend_from_slice(&half.to_le_bytes());
+        }
+        elf.extend_from_slice(&1_u32.to_le_bytes()); // load
+        elf.extend_from_slice(&7_u32.to_le_bytes());
+        let length = code.len() as u64;
+        for word in [120, ENTRY, ENTRY, length, length, 0x1000] {
+            elf.extend_from_slice(&word.to_le_bytes());
+        }
+        elf.extend_from_slice(code);
+        file(&elf)
+    }
+
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    fn memory(bytes: usize) -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap()
+    }
+
+    fn boot(memory: &GuestMemoryMmap, kernel: &File, initramfs: &File) -> Result<Entry, BootError> {
+        let root = GuestAddress(model::ACPI_ADDRESS);
+        load(memory, kernel, initramfs, "quiet", root, &[7; 32])
+    }
+
+    #[test]
+    fn kernel_initramfs_command_line_and_seed_are_where_the_zero_page_says() {
+        let memory = memory(16 << 20);
+        let entry = boot(&memory, &kernel(b"code"), &file(b"files")).unwrap();
+        assert_eq!(entry.instruction, ENTRY);
+        let read = |address, length| {
+            let mut bytes = vec![0; length];
+            memory
+                .read_slice(&mut bytes, GuestAddress(address))
+                .unwrap();
+            bytes
+        };
+        assert_eq!(read(ENTRY, 4), b"code");
+        let mut params = boot_params::default();
+        memory
+            .read_slice(
+                params.as_mut_slice(),
+                GuestAddress(model::ZERO_PAGE_ADDRESS),
+            )
+            .unwrap();
+        assert_eq!({ params.hdr.ramdisk_size }, 5);
+        assert_eq!(read(u64::from(params.hdr.ramdisk_image), 5), b"files");
+        assert_eq!(read(u64::from(params.hdr.cmd_line_ptr), 6), b"quiet\0");
+        let seed = params.hdr.setup_data;
+        assert_eq!(read(seed + 8, 8), [9, 0, 0, 0, 32, 0, 0, 0]);
+        assert_eq!(read(seed + 16, 32), [7; 32]);
+        assert_eq!({ params.acpi_rsdp_addr }, model::ACPI_ADDRESS);
+    }
+
+    #[test]
+    fn the_memory_map_leaves_out_firmware_and_the_hole() {
+        let memory = GuestMemoryMmap::from_ranges(&[
+            (GuestAddress(0), 4 << 20),
+            (GuestAddress(model::HOLE_END), 1 << 20),
+        ])
+        .unwrap();
+        let map: Vec<(u64, u64, u32)> = e820(&memory)
+            .iter()
+            .map(|entry| (entry.addr, entry.size, entry.r#type))
+            .collect();
+        assert_eq!(
+            map,
+            [
+                (0, 0x9_fc00, 1),
+                (0x9_fc00, 0x6_0400, 2),
+                (0x10_0000, 3 << 20, 1),
+                (model::HOLE_END, 1 << 20, 1),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_descriptors_position_does_not_matter_and_stays() {
+        let (kernel, initramfs) = (kernel(b"code"), file(b"files"));
+        let before = (&kernel).stream_position().unwrap();
+        boot(&memory(16 << 20), &kernel, &initramfs).unwrap();
+        assert_eq!((&kernel).stream_position().unwrap(), before);
+        assert_ne!(before, 0);
+    }
+
+    #[test]
+    fn what_is_no_kernel_or_does_not_fit_is_refused_by_name() {
+        let memory = memory(4 << 20);
+        for bad in [&b""[..], b"\x7fELF", &[0xff; 4096]] {
+            assert!(matches!(
+                boot(&memory, &file(bad), &file(b"")),
+                Err(BootError::Kernel(_))
+            ));
+        }
+        let large = tempfile::tempfile().unwrap();
+        large.set_len(3 << 20).unwrap();
+        assert!(matches!(
+            boot(&memory, &kernel(b"code"), &large),
+            Err(BootError::TooBig { .. })
+        ));
+    }
+}

@@ -36,6 +36,8 @@ pub fn run(descriptors: Descriptors) -> Ending {
 
 /// As [`run`], with another kernel command line than the model's; for tests of the monitor itself.
 pub fn run_with(descriptors: Descriptors, cmdline: Option<&str>) -> Ending {
+    tell_panics();
+    raise_descriptor_limit();
     let log = match descriptors.log.try_clone().and_then(ConsoleLog::new) {
         Ok(log) => Arc::new(log),
         Err(error) => {
@@ -53,6 +55,26 @@ pub fn run_with(descriptors: Descriptors, cmdline: Option<&str>) -> Ending {
     log.note(&cause.to_string());
     tracing::info!(%cause, "machine ended");
     cause.ending()
+}
+
+/// A panic is one log line. The standard library's own report may look for files, which would kill
+/// a confined process where only one device had to end.
+fn tell_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(place, message, "panic");
+    }));
+}
+
+/// Each stream into the guest is a descriptor: as many as the supervisor allows.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "limit of descriptors not raised");
+    }
 }
 
 /// The `vmm` role: takes the descriptors that the supervisor handed over and runs the machine. The

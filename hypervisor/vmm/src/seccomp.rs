@@ -296,6 +296,19 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_is_caught_as_ever() {
+        for confine in [confine_process, confine_vcpu] {
+            let caught = || {
+                let result = std::panic::catch_unwind(|| {
+                    std::panic::resume_unwind(Box::new("no hook: the harness's opens files"));
+                });
+                i64::from(result.is_ok()).wrapping_neg()
+            };
+            assert!(matches!(after(confine, caught), WaitStatus::Exited(_, 0)));
+        }
+    }
+
+    #[test]
     fn what_a_monitor_needs_is_allowed() {
         let file = tempfile::tempfile().unwrap();
         let number = file.as_raw_fd();

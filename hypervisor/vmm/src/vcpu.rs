@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
-use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -32,15 +31,16 @@ pub(crate) enum VcpuError {
 }
 
 thread_local! {
-    /// The page that this thread's vCPU shares with KVM; null while there is none.
-    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+    /// The byte in the page shared with KVM that makes this thread's vCPU return; null while there
+    /// is none.
+    static RETURN: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
 extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let run = RUN.get();
-    if !run.is_null() {
+    let now = RETURN.get();
+    if !now.is_null() {
         // SAFETY: the page is mapped as long as the pointer is set, which only this thread changes.
-        unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+        unsafe { now.write_volatile(1) };
     }
 }
 
@@ -78,7 +78,7 @@ impl Vcpus {
                             .err()
                             .or_else(|| run(&mut vcpu, &platform, &stop))
                     }));
-                    RUN.set(ptr::null_mut());
+                    RETURN.set(ptr::null_mut());
                     let cause = end.unwrap_or_else(|panic| {
                         Some(Cause::Failed(format!("vCPU {number}: {}", what(&*panic))))
                     });
@@ -116,7 +116,7 @@ fn what(panic: &(dyn Any + Send)) -> String {
 
 /// Runs the guest until the machine is stopped (none) or ends.
 fn run(vcpu: &mut VcpuFd, platform: &Platform, stop: &AtomicBool) -> Option<Cause> {
-    RUN.set(ptr::from_mut(vcpu.get_kvm_run()));
+    RETURN.set(&raw mut vcpu.get_kvm_run().immediate_exit);
     loop {
         // Looked at after the signal's pointer is set: a stop comes either before this, and is
         // seen, or after it, and makes the next run return at once.
@@ -125,7 +125,10 @@ fn run(vcpu: &mut VcpuFd, platform: &Platform, stop: &AtomicBool) -> Option<Caus
         }
         let end = match vcpu.run() {
             Ok(exit) => handle(exit, platform),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                vcpu.set_kvm_immediate_exit(0);
+                None
+            }
             Err(error) => Some(Cause::Failed(format!("KVM_RUN: {error}"))),
         };
         if let Some(cause) = end {
