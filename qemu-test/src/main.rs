@@ -3,6 +3,7 @@
 //! here. Nothing here replaces the appliance by something easier to boot.
 
 mod appliance;
+mod bench;
 mod busybox;
 mod console;
 mod cpio;
@@ -76,6 +77,8 @@ enum Command {
     },
     /// Lists the scenarios.
     List,
+    /// Measures and prints a Markdown table.
+    Bench,
     #[command(hide = true)]
     Watch(watch::WatchArgs),
 }
@@ -148,6 +151,7 @@ async fn command(arguments: Arguments) -> u8 {
             }
             Ok(())
         }
+        Command::Bench => return bench::bench(&layout("bench"), &arguments.target).await,
         Command::Watch(_) => Ok(()),
     };
     match done {
