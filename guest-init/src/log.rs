@@ -85,13 +85,16 @@ fn write(level: u8, line: fmt::Arguments<'_>) {
 }
 
 fn emit(level: u8, line: fmt::Arguments<'_>) {
-    let stderr = std::io::stderr();
     match KMSG.get() {
-        Some(kmsg) => put(
-            kmsg.as_fd(),
-            &one_line(&format!("<{level}>guest-init: {line}")),
+        Some(kmsg) => {
+            // The kernel's log takes every line at once, and knows no polling for that.
+            // There is nobody to tell that a log line could not be written.
+            let _ = nix::unistd::write(kmsg, &one_line(&format!("<{level}>guest-init: {line}")));
+        }
+        None => put_now(
+            std::io::stderr().as_fd(),
+            &one_line(&format!("guest-init: {line}")),
         ),
-        None => put(stderr.as_fd(), &one_line(&format!("guest-init: {line}"))),
     }
 }
 
@@ -107,7 +110,7 @@ fn one_line(text: &str) -> Vec<u8> {
 }
 
 /// Writes if that is possible without waiting.
-fn put(sink: BorrowedFd<'_>, line: &[u8]) {
+fn put_now(sink: BorrowedFd<'_>, line: &[u8]) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut fds = [PollFd::new(sink, PollFlags::POLLOUT)];
     if poll(&mut fds, PollTimeout::ZERO) == Ok(1) {

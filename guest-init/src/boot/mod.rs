@@ -70,13 +70,19 @@ fn bring_up() -> Result<(), BootError> {
     ) {
         log::to_kernel(kmsg);
     }
+    log::info(format_args!(
+        "event=boot version={}",
+        env!("CARGO_PKG_VERSION")
+    ));
     leave_console().map_err(|errno| BootError::System {
         what: "open /dev/null",
         errno,
     })?;
     device::wait_for(Path::new(ROOT_DEVICE), DISK_DEADLINE)?;
     mounts::enter_root(Path::new(ROOT_DEVICE))?;
+    log::info(format_args!("event=root_entered disk={ROOT_DEVICE}"));
     mounts::late()?;
+    log::info(format_args!("event=mounts_done"));
 
     write_setting("/proc/self/oom_score_adj", "-1000");
     // A key combination is no power switch here; the request comes as a signal.
@@ -93,6 +99,7 @@ fn bring_up() -> Result<(), BootError> {
     }
     kernel::loopback_up()?;
     let cgroups = control_groups()?;
+    log::info(format_args!("event=groups_ready"));
     agent::serve_vsock(cgroups).map_err(|error| BootError::Agent(error.to_string()))
 }
 
