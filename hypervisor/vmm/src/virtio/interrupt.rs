@@ -89,14 +89,14 @@ impl Interrupt {
             tracing::warn!(device = %self.kind, %reason, suppressed, "device needs a reset");
         }
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.clone());
-        self.needs_reset.store(true, Ordering::Release);
-        self.raise(CONFIG_CHANGE);
         if reason.is_fatal() {
             self.faults.report(DeviceFault {
                 device: self.kind,
                 reason,
             });
         }
+        self.needs_reset.store(true, Ordering::Release);
+        self.raise(CONFIG_CHANGE);
     }
 
     /// Back to the state after power-on; the last reason stays readable.
