@@ -2,6 +2,16 @@
 //! holds at least the last 64 KiB and never more than 128 KiB; a guest that floods is cut down to a
 //! rate, and what was dropped is counted in place. Never blocks a vCPU for longer than a small
 //! write to a file.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::fs::File;
 use std::io;

@@ -1,6 +1,16 @@
 //! The control socket: who the machine is, streams into the guest, switching off. Control may die
 //! at any moment, in the middle of a message too, and its successor must get in: a new connection
 //! replaces the old one, and nothing that comes over it can end the machine but `SwitchOff`.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -1,5 +1,15 @@
 //! Why a machine ends, and how the first of several reasons reaches the main thread. Whoever finds
 //! a reason tells it and stops; nobody but the main thread ends the process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::io;
 use std::sync::Arc;

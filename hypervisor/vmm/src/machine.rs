@@ -182,7 +182,7 @@ impl Machine {
         )?;
         let vcpus = create_vcpus(&kvm_device, &vm, config.cpus, entry)?;
         let gate = Arc::new(Barrier::new(vcpus.len().saturating_add(1)));
-        let vcpus = Vcpus::start(vcpus, &platform, &teller, &gate)?;
+        let vcpus = Vcpus::start(vcpus, &platform, &teller, &log, &gate)?;
         let control = Control::new(descriptors.listen, config.run, config.model, host)
             .map_err(system("preparing the control socket"))?;
         Ok(Self {
@@ -230,6 +230,9 @@ impl Machine {
         vcpus.stop();
         platform.shut_down();
         log.flush();
+        for complaint in platform.complaints() {
+            log.note(&complaint);
+        }
         cause
     }
 }

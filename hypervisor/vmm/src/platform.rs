@@ -1,6 +1,16 @@
 //! What the guest reaches through ports and through memory that is not RAM: the console, pvpanic,
 //! ACPI's sleep and reset registers, the virtio windows. Every access is a guest's: unknown
 //! addresses read as ones and swallow writes, and no access may fail or block.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -99,6 +109,14 @@ impl Platform {
         for (_, device) in &self.virtio {
             device.shut_down();
         }
+    }
+
+    /// What drivers did wrong, for the machine's owner to read.
+    pub fn complaints(&self) -> Vec<String> {
+        self.virtio
+            .iter()
+            .filter_map(|(_, device)| Some(format!("{}: {}", device.kind(), device.last_reason()?)))
+            .collect()
     }
 
     /// What a snapshot keeps of all devices. None when one of them is dead.

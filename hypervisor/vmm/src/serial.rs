@@ -1,5 +1,15 @@
 //! COM1, an 8250 whose output is the console log. It takes no input: the console is for reading
 //! what a guest said, everything else goes through the agent.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::io::{self, Write};
 use std::sync::Arc;

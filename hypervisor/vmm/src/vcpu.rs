@@ -1,6 +1,16 @@
 //! A vCPU's thread: runs the guest, answers its exits, tells why it ended. It is stopped from
 //! outside by a signal that makes the next KVM_RUN return at once. Whatever a guest does here ends
 //! at worst its own machine.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 use std::any::Any;
 use std::cell::Cell;
@@ -15,6 +25,7 @@ use std::thread::JoinHandle;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::console_log::ConsoleLog;
 use crate::ending::{Cause, Teller};
 use crate::platform::Platform;
 use crate::seccomp;
@@ -59,6 +70,7 @@ impl Vcpus {
         vcpus: Vec<VcpuFd>,
         platform: &Arc<Platform>,
         teller: &Teller,
+        log: &Arc<ConsoleLog>,
         gate: &Arc<Barrier>,
     ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), interrupt).map_err(VcpuError::Handler)?;
@@ -67,6 +79,7 @@ impl Vcpus {
         for (number, mut vcpu) in vcpus.into_iter().enumerate() {
             let (platform, teller) = (Arc::clone(platform), teller.clone());
             let (gate, stop) = (Arc::clone(gate), Arc::clone(&stop));
+            let log = Arc::clone(log);
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{number}"))
                 .stack_size(STACK)
@@ -76,7 +89,7 @@ impl Vcpus {
                         seccomp::confine_vcpu()
                             .map_err(|error| Cause::Failed(error.to_string()))
                             .err()
-                            .or_else(|| run(&mut vcpu, &platform, &stop))
+                            .or_else(|| run(&mut vcpu, &platform, &log, &stop))
                     }));
                     RETURN.set(ptr::null_mut());
                     let cause = end.unwrap_or_else(|panic| {
@@ -115,7 +128,12 @@ fn what(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Runs the guest until the machine is stopped (none) or ends.
-fn run(vcpu: &mut VcpuFd, platform: &Platform, stop: &AtomicBool) -> Option<Cause> {
+fn run(
+    vcpu: &mut VcpuFd,
+    platform: &Platform,
+    log: &ConsoleLog,
+    stop: &AtomicBool,
+) -> Option<Cause> {
     RETURN.set(&raw mut vcpu.get_kvm_run().immediate_exit);
     loop {
         // Looked at after the signal's pointer is set: a stop comes either before this, and is
@@ -133,7 +151,7 @@ fn run(vcpu: &mut VcpuFd, platform: &Platform, stop: &AtomicBool) -> Option<Caus
         };
         if let Some(cause) = end {
             if matches!(cause, Cause::Failed(_) | Cause::TripleFault) {
-                log_registers(vcpu, &cause);
+                log_registers(vcpu, log);
             }
             return Some(cause);
         }
@@ -172,20 +190,15 @@ fn system_event(kind: u32) -> Cause {
     }
 }
 
-fn log_registers(vcpu: &VcpuFd, cause: &Cause) {
+/// For the machine's owner and for the host's log: once per vCPU, because the machine ends with it.
+fn log_registers(vcpu: &VcpuFd, log: &ConsoleLog) {
     if let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) {
-        tracing::error!(
-            %cause,
-            rip = format_args!("{:#x}", regs.rip),
-            rsp = format_args!("{:#x}", regs.rsp),
-            rflags = format_args!("{:#x}", regs.rflags),
-            cr0 = format_args!("{:#x}", sregs.cr0),
-            cr2 = format_args!("{:#x}", sregs.cr2),
-            cr3 = format_args!("{:#x}", sregs.cr3),
-            cr4 = format_args!("{:#x}", sregs.cr4),
-            efer = format_args!("{:#x}", sregs.efer),
-            "vCPU cannot go on"
+        let text = format!(
+            "rip={:#x} rsp={:#x} rflags={:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+            regs.rip, regs.rsp, regs.rflags, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
         );
+        log.note(&format!("vCPU cannot go on: {text}"));
+        tracing::error!(registers = text, "vCPU cannot go on");
     }
 }
 
@@ -197,13 +210,15 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
-    use crate::console_log::ConsoleLog;
     use crate::model;
     use crate::serial::Console;
 
+    fn log() -> Arc<ConsoleLog> {
+        Arc::new(ConsoleLog::new(tempfile::tempfile().unwrap()).unwrap())
+    }
+
     fn platform() -> Platform {
-        let log = ConsoleLog::new(tempfile::tempfile().unwrap()).unwrap();
-        Platform::new(Console::new(Arc::new(log)).unwrap(), Vec::new())
+        Platform::new(Console::new(log()).unwrap(), Vec::new())
     }
 
     #[test]
@@ -265,6 +280,10 @@ mod tests {
         Some((vm, memory, vcpu))
     }
 
+    fn start(vcpu: VcpuFd, teller: &Teller, gate: &Arc<Barrier>) -> Vcpus {
+        Vcpus::start(vec![vcpu], &Arc::new(platform()), teller, &log(), gate).unwrap()
+    }
+
     #[test]
     fn a_vcpu_that_never_exits_can_be_stopped() {
         let Some((_vm, _memory, vcpu)) = tiny_guest(&[0xeb, 0xfe]) else {
@@ -272,7 +291,7 @@ mod tests {
         };
         let (teller, told) = crate::ending::teller().unwrap();
         let gate = Arc::new(Barrier::new(2));
-        let vcpus = Vcpus::start(vec![vcpu], &Arc::new(platform()), &teller, &gate).unwrap();
+        let vcpus = start(vcpu, &teller, &gate);
         gate.wait();
         vcpus.stop();
         assert_eq!(told.cause(), None);
@@ -286,7 +305,7 @@ mod tests {
         };
         let (teller, told) = crate::ending::teller().unwrap();
         let gate = Arc::new(Barrier::new(2));
-        let vcpus = Vcpus::start(vec![vcpu], &Arc::new(platform()), &teller, &gate).unwrap();
+        let vcpus = start(vcpu, &teller, &gate);
         gate.wait();
         let mut waiting = [nix::poll::PollFd::new(
             // SAFETY: the event lives to the end of the test.
