@@ -1,8 +1,6 @@
 //! The log of every role: one line per event on standard error, which the supervisor hands to each
 //! process. Never more than that: no files, no network.
 
-use std::io::IsTerminal;
-
 use tracing_subscriber::EnvFilter;
 
 /// Environment variable with the level or filter, which the supervisor passes on to every role.
@@ -20,6 +18,6 @@ pub fn start_at(level: &str) {
         .compact()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(false)
         .try_init();
 }

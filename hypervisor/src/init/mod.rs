@@ -21,7 +21,7 @@ use protocol::host::supervisor::Lease;
 
 use self::disks::Disks;
 use self::modules::Modules;
-use self::network::Links;
+pub(crate) use self::network::Links;
 use self::power::Buttons;
 use self::uevent::{News, Uevents};
 use crate::settings::Settings;

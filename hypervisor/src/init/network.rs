@@ -38,8 +38,8 @@ struct Given {
 }
 
 /// The host's interfaces.
-#[derive(Debug)]
-pub(super) struct Links {
+#[derive(Debug, Default)]
+pub(crate) struct Links {
     fixed: Fixed,
     given: BTreeMap<u32, Given>,
 }
@@ -53,7 +53,7 @@ impl Links {
     }
 
     /// Brings up what is down, and gives fixed addresses.
-    pub(super) fn bring_up(&mut self) {
+    pub(crate) fn bring_up(&mut self) {
         if let Err(error) = self.try_bring_up() {
             tracing::error!(%error, "interfaces not brought up");
         }
@@ -80,7 +80,7 @@ impl Links {
     }
 
     /// Sets what net learned.
-    pub(super) fn apply(&mut self, lease: &Lease) {
+    pub(crate) fn apply(&mut self, lease: &Lease) {
         let given = lease.address.map(|(address, prefix)| Given {
             address: (Ipv4Addr::from(address), prefix.min(32)),
             gateway: lease.gateway.map(Ipv4Addr::from),

@@ -24,6 +24,7 @@ pub(super) struct Client {
     sockets: SocketSet<'static>,
     dhcp: SocketHandle,
     epoch: Instant,
+    told: Lease,
 }
 
 impl Client {
@@ -49,6 +50,7 @@ impl Client {
             sockets,
             dhcp,
             epoch,
+            told: super::no_lease(interface),
         })
     }
 
@@ -85,7 +87,11 @@ impl Client {
                 let _ = lease.dns.push(server.octets());
             }
         }
+        if lease == self.told {
+            return None;
+        }
         self.take(&lease);
+        self.told = lease.clone();
         Some(lease)
     }
 

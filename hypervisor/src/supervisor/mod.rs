@@ -44,6 +44,8 @@ use self::spawn::Program;
 use self::vmms::Vmms;
 
 pub use self::sockets::SocketError;
+#[cfg(test)]
+pub(crate) use self::sockets::pair;
 pub use self::spawn::SpawnError;
 
 /// How long the VMs have to stop by themselves when the host goes down.

@@ -30,6 +30,7 @@ pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
             cause,
         })
     };
+    raise_descriptor_limit();
     let state = absolute(&arguments.state)?;
     let run = state.join("run");
     // The longest name that control will bind there.
@@ -49,6 +50,16 @@ pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
     tracing::info!(state = %state.display(), "serving; Ctrl-C stops the VMs and exits");
     supervisor.run()?;
     Ok(())
+}
+
+/// Control and proxy hold descriptors for every VM and every connection.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "descriptor limit not raised");
+    }
 }
 
 /// User that proxy runs as where the supervisor may choose.

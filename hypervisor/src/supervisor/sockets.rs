@@ -64,7 +64,7 @@ pub(super) fn check_length(path: &Path) -> Result<(), SocketError> {
 }
 
 /// Two ends of a packet socket: ours does not block, the child's does.
-pub(super) fn pair() -> Result<(OwnedFd, OwnedFd), SocketError> {
+pub(crate) fn pair() -> Result<(OwnedFd, OwnedFd), SocketError> {
     let made = || -> nix::Result<(OwnedFd, OwnedFd)> {
         let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags)?;

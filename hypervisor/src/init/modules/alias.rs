@@ -74,10 +74,8 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
             pattern = rest;
             continue;
         }
-        if let ([first, ..], Some(rest)) = (text, one(pattern, text)) {
-            let _ = first;
-            pattern = rest;
-            text = text.get(1..).unwrap_or_default();
+        if let (Some(rest), [_, later @ ..]) = (one(pattern, text), text) {
+            (pattern, text) = (rest, later);
             continue;
         }
         if pattern.is_empty() && text.is_empty() {
