@@ -142,10 +142,6 @@ impl Monitor {
         Ok(self.0.channel.send(&SwitchOff {}, &[]).await?)
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "used once, just below its definition"
-    )]
     fn ticket(&self) -> Result<(u64, oneshot::Receiver<Result<(), String>>), MonitorError> {
         let mut waiting = lock(&self.0.waiting);
         if waiting.gone {

@@ -69,6 +69,7 @@ impl Registry {
     pub(crate) async fn recover(self: &Arc<Self>) -> Result<(), RecoverError> {
         let running = self.host.supervisor.list().await?;
         let ended: HashMap<Run, Exit> = self.host.supervisor.ended_runs().into_iter().collect();
+        self.remove_dead_sockets(&running);
         let host = self.host.clone();
         let (found, deleted) = tokio::task::spawn_blocking(move || {
             Ok::<_, StoreError>((host.store.load()?, host.store.load_deleted()?))
@@ -126,6 +127,23 @@ impl Registry {
             });
         }
         Ok(())
+    }
+
+    /// Removes the sockets of monitors that are no more.
+    fn remove_dead_sockets(&self, running: &[Run]) {
+        let live: Vec<_> = running
+            .iter()
+            .map(|run| self.host.socket(&run.vm))
+            .collect();
+        for entry in std::fs::read_dir(&self.host.sockets)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if !live.contains(&entry.path()) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// A VM that was on and has no monitor any more went down with its host.
@@ -490,7 +508,7 @@ enum Begun {
 /// secrets.
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    while let Err(error) = getrandom::fill(&mut bytes) {
+    if let Err(error) = getrandom::fill(&mut bytes) {
         tracing::error!(%error, "no random bytes from the kernel");
         std::process::abort();
     }

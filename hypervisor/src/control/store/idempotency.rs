@@ -29,6 +29,18 @@ pub(crate) struct DeletedVm {
     pub(crate) deleted_at: u64,
 }
 
+impl DeletedVm {
+    fn of(record: &VmRecord) -> Self {
+        Self {
+            owner: record.owner.clone(),
+            key: record.key,
+            arguments: record.arguments,
+            id: record.id.clone(),
+            deleted_at: now(),
+        }
+    }
+}
+
 impl Store {
     fn deleted_file(&self, id: &VmId) -> PathBuf {
         self.deleted().join(id.as_str())
@@ -36,19 +48,36 @@ impl Store {
 
     /// Remembers a VM's create; durable when this returns.
     pub(crate) fn remember_deleted(&self, record: &VmRecord) -> Result<DeletedVm, StoreError> {
-        let deleted = DeletedVm {
-            owner: record.owner.clone(),
-            key: record.key,
-            arguments: record.arguments,
-            id: record.id.clone(),
-            deleted_at: now(),
-        };
+        let deleted = DeletedVm::of(record);
         let path = self.deleted_file(&record.id);
         let mut bytes = postcard::to_allocvec(&deleted).unwrap_or_default();
         let checksum = blake3::hash(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
         write_replacing(&path, &bytes, 0o600)?;
         Ok(deleted)
+    }
+
+    /// Deletes a VM and remembers its create.
+    pub(crate) fn delete_vm(&self, record: &VmRecord) -> Result<DeletedVm, StoreError> {
+        // The memory first: a repeated create must never make a second VM.
+        match self.remember_deleted(record) {
+            Ok(deleted) => match self.remove_vm(&record.id) {
+                Ok(()) => Ok(deleted),
+                Err(error) => {
+                    self.forget_deleted(&record.id);
+                    Err(error)
+                }
+            },
+            // A full file system is no reason not to make room in it.
+            Err(StoreError::Full { .. }) => {
+                self.remove_vm(&record.id)?;
+                self.remember_deleted(record).or_else(|error| {
+                    tracing::warn!(vm = %record.id, %error, "a deleted VM is remembered until control restarts only");
+                    Ok(DeletedVm::of(record))
+                })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Forgets what was remembered for a VM that turned out to live.

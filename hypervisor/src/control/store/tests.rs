@@ -96,7 +96,7 @@ fn a_crash_while_making_a_vm_leaves_a_whole_vm_or_nothing() {
             let found = store.load().unwrap();
             assert!(found.broken.is_empty(), "`{step}`: {:?}", found.broken);
             if step == "make: renamed" || step == "make: durable" {
-                assert_eq!(found.records, [record.clone()], "`{step}`");
+                assert_eq!(found.records, std::slice::from_ref(&record), "`{step}`");
                 assert_eq!(
                     fs::metadata(store.disk(&record.id)).unwrap().len(),
                     10 << 20
@@ -149,7 +149,7 @@ fn a_crash_while_saving_a_record_leaves_the_old_or_the_new_one() {
             };
             assert_eq!(
                 store.load().unwrap().records,
-                [expected.clone()],
+                std::slice::from_ref(expected),
                 "`{step}`"
             );
         },
@@ -207,7 +207,10 @@ fn a_deleted_vm_is_remembered_for_a_day() {
     let store = Store::open(directory.path()).unwrap();
     let record = sample("vm-1234abcd");
     let deleted = store.remember_deleted(&record).unwrap();
-    assert_eq!(store.load_deleted().unwrap(), [deleted.clone()]);
+    assert_eq!(
+        store.load_deleted().unwrap(),
+        std::slice::from_ref(&deleted)
+    );
     let old = idempotency::DeletedVm {
         deleted_at: deleted.deleted_at - idempotency::KEPT.as_secs() - 1,
         ..deleted
@@ -251,6 +254,18 @@ impl Mounted {
                 image.to_str().unwrap(),
                 point.to_str().unwrap(),
             ],
+        );
+        Self(directory)
+    }
+
+    fn tmpfs(mebibytes: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let point = directory.path().join("point");
+        fs::create_dir(&point).unwrap();
+        let size = format!("size={mebibytes}m");
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", &size, "tmpfs", point.to_str().unwrap()],
         );
         Self(directory)
     }
@@ -314,4 +329,24 @@ fn a_full_file_system_is_named_and_leaves_nothing_behind() {
     assert!(matches!(error, StoreError::Full { .. }), "{error}");
     assert!(names(&store.staging()).is_empty());
     assert!(names(&store.vms()).is_empty());
+}
+
+#[test]
+fn on_a_full_file_system_a_vm_can_still_be_deleted() {
+    let mounted = Mounted::tmpfs(4);
+    let store = Store::open(&mounted.path()).unwrap();
+    let disk = template(&store, "1", 1 << 20);
+    let record = sample("vm-1234abcd");
+    store.make_vm(&record, &disk).unwrap();
+    let fill = mounted.path().join("fill");
+    fs::write(&fill, vec![7; 8 << 20]).unwrap_err();
+    let error = store.remember_deleted(&record).unwrap_err();
+    assert!(matches!(error, StoreError::Full { .. }), "{error}");
+    let deleted = store.delete_vm(&record).unwrap();
+    assert!(names(&store.vms()).is_empty());
+    assert!(names(&store.staging()).is_empty());
+    assert_eq!(
+        store.load_deleted().unwrap(),
+        std::slice::from_ref(&deleted)
+    );
 }

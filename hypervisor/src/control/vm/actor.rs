@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -122,8 +123,10 @@ impl Vm {
             owner: record.owner.clone(),
             commands,
             view: seen,
+            failed: Arc::default(),
         };
         let id = record.id.clone();
+        let failed = handle.failed.clone();
         let vm = Self {
             host,
             registry,
@@ -134,6 +137,7 @@ impl Vm {
         tokio::spawn(async move {
             let run = std::panic::AssertUnwindSafe(vm.run(Inbox::new(receiver), beginning));
             if run.catch_unwind().await.is_err() {
+                failed.store(true, Ordering::Relaxed);
                 tracing::error!(vm = %id, "the task of this VM panicked; it can be used again after a restart of control");
             }
         });
@@ -357,7 +361,9 @@ impl Vm {
             return Phase::Gone;
         }
         self.record.run = RunState::Off;
-        self.record.end_message = format!("it was not started again: {error}");
+        if boot.waiters.is_empty() {
+            self.record.end_message = format!("it was not started again: {error}");
+        }
         let _ = self.save().await;
         self.show(VmState::Stopped);
         boot.refuse(&error);
@@ -543,15 +549,7 @@ impl Vm {
         let record = self.record.clone();
         let deleted = self
             .host
-            .blocking(move |host| {
-                // First the memory of its create: a repeated one must never make a second VM.
-                let deleted = host.store.remember_deleted(&record)?;
-                if let Err(error) = host.store.remove_vm(&record.id) {
-                    host.store.forget_deleted(&record.id);
-                    return Err(error);
-                }
-                Ok(deleted)
-            })
+            .blocking(move |host| host.store.delete_vm(&record))
             .await;
         match deleted {
             Ok(deleted) => {

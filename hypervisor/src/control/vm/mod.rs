@@ -123,6 +123,8 @@ pub(crate) struct VmHandle {
     pub(crate) owner: Owner,
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) view: watch::Receiver<View>,
+    /// Its task panicked.
+    failed: Arc<AtomicBool>,
 }
 
 impl VmHandle {
@@ -135,12 +137,20 @@ impl VmHandle {
         match self.commands.try_send(command(sender)) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => return Err(busy(&self.id)),
-            Err(mpsc::error::TrySendError::Closed(_)) => return Err(not_found(self.id.as_str())),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(self.no_task()),
         }
         // A task that ended with the command unread has deleted its VM.
-        receiver
-            .await
-            .unwrap_or_else(|_| Err(not_found(self.id.as_str())))
+        receiver.await.unwrap_or_else(|_| Err(self.no_task()))
+    }
+
+    fn no_task(&self) -> ErrorBody {
+        if self.failed.load(Ordering::Relaxed) {
+            return internal(format!(
+                "the task of {} failed; it can be used again when the appliance's control was restarted",
+                self.id
+            ));
+        }
+        not_found(self.id.as_str())
     }
 }
 
