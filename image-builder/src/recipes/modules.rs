@@ -38,6 +38,7 @@ pub(super) const SERVER: &[&str] = &[
     "drivers/hid/usbhid/",
     // health: watchdogs, IPMI, heat and clock rates, entropy, power button
     "drivers/acpi/",
+    "drivers/input/evdev",
     "drivers/char/hw_random/",
     "drivers/char/ipmi/",
     "drivers/cpufreq/",
