@@ -1,5 +1,7 @@
 //! Hundreds of megabytes through vsock, in a process of its own so that its memory can be watched.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 #[path = "../virtio/guest.rs"]
 #[allow(dead_code)]
 mod guest;

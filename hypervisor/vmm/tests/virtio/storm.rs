@@ -118,8 +118,8 @@ proptest! {
                 rig.put(DATA + 8, &2_u64.to_le_bytes());
                 rig.put(DATA + 28, &[1, 0, bytes[30] % 9, 0]);
             }
-            for queue in 0..sizes.len() {
-                for (i, value) in (0..).zip(&tables[queue]) {
+            for (queue, table) in tables.iter().enumerate().take(sizes.len()) {
+                for (i, value) in (0..).zip(table) {
                     rig.descriptor(queue, i, *value);
                 }
                 for head in &heads {

@@ -422,7 +422,7 @@ fn one_busy_stream_does_not_starve_another() {
     let mut guest = Guest::new();
     let (busy_peer, busy) = guest.open(1);
     let (_, mut quiet) = guest.open(2);
-    (&busy).set_nonblocking(true).unwrap();
+    busy.set_nonblocking(true).unwrap();
     let mut busy_packets = 0;
     let mut forwarded = 0;
     let mut asked = false;
