@@ -73,18 +73,23 @@ fn a_background_child_can_go_on_writing_when_its_command_is_done() {
 #[test]
 fn what_was_written_before_the_end_reaches_a_client_that_reads_late() {
     let agent = Agent::start();
-    let mut client = agent.connect();
-    // The last bytes are in the pipe when the command ends, and somebody else keeps it open.
-    client.send(&shell(
-        "head -c 900000 /dev/zero; sleep 60 & echo $! >&2; echo last",
-    ));
-    client.started();
-    std::thread::sleep(std::time::Duration::from_millis(2500));
-    let output = client.output();
-    assert_eq!(output.stdout.len(), 900_005);
-    assert!(output.stdout.ends_with(b"last\n"));
-    let child = String::from_utf8(output.stderr).unwrap();
-    agent.shell(&format!("kill {child}"));
+    // Some of these sizes fill the socket and leave the last bytes in the pipe when the command
+    // ends, while somebody else keeps the pipe open for longer than others are waited for.
+    std::thread::scope(|scope| {
+        for size in (120_000..400_000).step_by(20_000) {
+            let agent = &agent;
+            scope.spawn(move || {
+                let mut client = agent.connect();
+                let line = format!("sleep 8 & head -c {size} /dev/zero; echo last");
+                client.send(&shell(&line));
+                client.started();
+                std::thread::sleep(std::time::Duration::from_millis(2800));
+                let output = client.output();
+                assert_eq!(output.stdout.len(), size + 5);
+                assert!(output.stdout.ends_with(b"last\n"));
+            });
+        }
+    });
 }
 
 #[test]
