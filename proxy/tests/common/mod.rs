@@ -22,7 +22,11 @@ use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+
+/// A wait that is longer than this is a failure, not a hang.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// A proxy that serves, and where.
 pub(crate) struct Proxy {
@@ -78,7 +82,9 @@ pub(crate) struct Control(Channel);
 
 impl Control {
     pub(crate) async fn packet(&self) -> Packet {
-        self.0.receive().await.unwrap().expect("proxy closed")
+        let received = timeout(PATIENCE, self.0.receive()).await;
+        let received = received.expect("proxy sent control nothing");
+        received.unwrap().expect("proxy closed")
     }
 
     pub(crate) async fn request(&self) -> ApiRequest {
@@ -274,7 +280,8 @@ impl Stream {
                 return frame;
             }
             let mut buffer = vec![0; 4096];
-            let count = self.inner.read(&mut buffer).await.unwrap();
+            let read = timeout(PATIENCE, self.inner.read(&mut buffer)).await;
+            let count = read.expect("proxy sent the client nothing").unwrap();
             if count == 0 {
                 return None;
             }
