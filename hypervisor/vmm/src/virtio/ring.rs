@@ -27,7 +27,7 @@ pub(super) struct Ring {
     queue: Queue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    kick: EventFd,
+    kicks: Arc<[EventFd]>,
     used: bool,
 }
 
@@ -55,14 +55,14 @@ impl Ring {
         queue: Queue,
         memory: GuestMemory,
         interrupt: Arc<Interrupt>,
-        kick: EventFd,
+        kicks: Arc<[EventFd]>,
     ) -> Self {
         Self {
             index,
             queue,
             memory,
             interrupt,
-            kick,
+            kicks,
             used: false,
         }
     }
@@ -79,7 +79,7 @@ impl Ring {
     /// Wakes the device's own thread for this queue again: the turn's budget was used up.
     pub(super) fn kick_again(&self) {
         // A full counter means that a wake-up is already waiting.
-        let _ = self.kick.write(1);
+        let _ = self.kicks.get(self.index).map(|kick| kick.write(1));
     }
 
     /// The next chain of at most `limit` descriptors.

@@ -138,7 +138,7 @@ impl Worker {
     pub(super) fn spawn(
         kind: DeviceKind,
         mut device: Box<dyn Device>,
-        kicks: &[EventFd],
+        kicks: Arc<[EventFd]>,
         interrupt: Arc<Interrupt>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
@@ -154,16 +154,14 @@ impl Worker {
             )
         };
         add(mailbox.event.as_raw_fd(), CONTROL)?;
-        let mut own_kicks = Vec::with_capacity(kicks.len());
-        for (token, kick) in (0..).zip(kicks) {
+        for (token, kick) in (0..).zip(kicks.iter()) {
             add(kick.as_raw_fd(), token)?;
-            own_kicks.push(kick.try_clone()?);
         }
         device.attach(&epoll)?;
         let mut thread = Thread {
             epoll,
             mailbox: Arc::clone(&mailbox),
-            kicks: own_kicks,
+            kicks,
             interrupt,
             device: Some(device),
             rings: Vec::new(),
@@ -222,7 +220,7 @@ impl Worker {
 struct Thread {
     epoll: Arc<Epoll>,
     mailbox: Arc<Mailbox>,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
     interrupt: Arc<Interrupt>,
     /// None once it has panicked.
     device: Option<Box<dyn Device>>,
@@ -296,7 +294,7 @@ impl Thread {
                     self.rings = rings;
                     self.live = true;
                     self.run_device(|device, rings| device.start(rings));
-                    for kick in &self.kicks {
+                    for kick in self.kicks.iter() {
                         let _ = kick.write(1);
                     }
                     let _ = answer.send(());

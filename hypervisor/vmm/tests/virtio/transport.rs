@@ -304,9 +304,11 @@ fn a_state_that_no_driver_could_have_made_is_not_restored() {
     size.queues[0].size = 7;
     let mut count = good.clone();
     count.queues.clear();
+    let mut status = good.clone();
+    status.status = 5;
     let mut features = good;
     features.driver_features = u64::MAX;
-    for state in [outside, size, count, features] {
+    for state in [outside, size, count, status, features] {
         let fresh = rng(rig.memory.clone(), Faults::default().sink()).unwrap();
         assert!(fresh.restore(&state).is_err(), "{state:?}");
     }

@@ -87,6 +87,11 @@ impl BlockDevice {
         match result {
             Ok(written) => (OK, written),
             Err(error) => {
+                let trims = matches!(operation, Operation::Discard(_) | Operation::WriteZeroes(_));
+                // Not every file system can: then the driver writes its zeroes itself.
+                if trims && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+                    return (UNSUPPORTED, 0);
+                }
                 if let Some(suppressed) = self.failed.allow() {
                     let operation = operation.name();
                     tracing::error!(operation, %error, suppressed, "disk request failed");

@@ -87,7 +87,7 @@ pub struct VirtioMmio {
     config: Vec<u8>,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
     worker: Worker,
     registers: Mutex<Registers>,
     refusals: LogLimit,
@@ -110,10 +110,10 @@ impl VirtioMmio {
         let kicks = queues
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
-            .collect::<io::Result<Vec<_>>>()?;
+            .collect::<io::Result<Arc<[_]>>>()?;
         let features = device.features() | VERSION_1 | EVENT_IDX | INDIRECT;
         let config = device.config();
-        let worker = Worker::spawn(kind, device, &kicks, Arc::clone(&interrupt))?;
+        let worker = Worker::spawn(kind, device, Arc::clone(&kicks), Arc::clone(&interrupt))?;
         Ok(Self {
             kind,
             features,
@@ -233,7 +233,9 @@ impl VirtioMmio {
                 state.driver_features
             )));
         }
-        let status = Status::from_bits(state.status);
+        let status = Status::saved(state.status).ok_or_else(|| {
+            RestoreError::Damaged(format!("no driver sets status {:#x}", state.status))
+        })?;
         let mut queues = Vec::with_capacity(state.queues.len());
         for (setup, saved) in registers.queues.iter().zip(&state.queues) {
             queues.push(
@@ -406,17 +408,15 @@ impl VirtioMmio {
         let rings = registers
             .queues
             .iter()
-            .zip(&self.kicks)
             .enumerate()
-            .map(|(index, (setup, kick))| {
+            .map(|(index, setup)| {
                 let queue = setup.build(event_idx)?;
-                let kick = kick.try_clone().ok()?;
                 Some(Ring::new(
                     index,
                     queue,
                     self.memory.clone(),
                     Arc::clone(&self.interrupt),
-                    kick,
+                    Arc::clone(&self.kicks),
                 ))
             })
             .collect();

@@ -112,7 +112,6 @@ impl VsockDevice {
     }
 
     fn watch(&self, host_port: u32, link: &Link) -> io::Result<()> {
-        link.prepare()?;
         if let (Some(epoll), Some(stream)) = (&self.epoll, link.stream()) {
             let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
             let token = DEVICE_TOKENS.saturating_add(u64::from(host_port));

@@ -10,7 +10,6 @@
 )]
 
 use std::collections::VecDeque;
-use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
@@ -205,12 +204,5 @@ impl Link {
     pub(super) fn give_up(&mut self) {
         self.connection.abort();
         self.vanished();
-    }
-
-    /// Sets the socket up for edge-triggered events.
-    pub(super) fn prepare(&self) -> io::Result<()> {
-        self.stream
-            .as_ref()
-            .map_or(Ok(()), |stream| stream.set_nonblocking(true))
     }
 }
