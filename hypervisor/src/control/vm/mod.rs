@@ -4,6 +4,8 @@
 mod actor;
 mod boot;
 mod ending;
+mod open;
+mod starting;
 mod stop;
 
 use std::os::fd::OwnedFd;
