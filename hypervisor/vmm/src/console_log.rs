@@ -57,7 +57,7 @@ impl ConsoleLog {
     pub fn new(file: File) -> io::Result<Self> {
         let length = file.metadata()?.len();
         let mut file = Tail { file, length };
-        file.cut()?;
+        file.make_room(0)?;
         Ok(Self {
             inner: Mutex::new(Inner {
                 file,
@@ -165,14 +165,15 @@ struct Tail {
 
 impl Tail {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.make_room(bytes.len() as u64)?;
         self.file.write_all_at(bytes, self.length)?;
         self.length = self.length.saturating_add(bytes.len() as u64);
-        self.cut()
+        Ok(())
     }
 
-    /// Moves the last part to the front once the file is too long.
-    fn cut(&mut self) -> io::Result<()> {
-        if self.length <= LIMIT.saturating_sub(LINE as u64) {
+    /// Moves the last part to the front when `more` bytes would make the file too long.
+    fn make_room(&mut self, more: u64) -> io::Result<()> {
+        if self.length.saturating_add(more) <= LIMIT {
             return Ok(());
         }
         let mut buffer = vec![0; KEEP as usize];
