@@ -50,7 +50,7 @@ async fn a_vm_is_created_stopped_started_and_deleted() {
             (VmState::Stopped, EndReason::Stopped)
         );
     }
-    assert!(world.supervisor.runs().is_empty());
+    assert!world.supervisor.runs().is_empty();
     // What the guest wrote is kept.
     assert_eq!(
         &std::fs::read(&disk).unwrap()[..16],
@@ -93,9 +93,7 @@ async fn one_vm_that_hangs_at_boot_holds_up_no_other() {
     let world = World::with("boot = { deadline_s = 3600 }").await;
     world.supervisor.guests_are(Guest::NeverRings);
     let (_, hanging) = world.begin_create(1).await;
-    while world.supervisor.runs().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| !world.supervisor.runs().is_empty()).await;
     world.supervisor.guests_are(Guest::Good);
     let other = world.create(&create(2)).await.unwrap();
     let _: VmInfo = world
@@ -172,7 +170,7 @@ async fn a_start_that_fails_keeps_the_vm_and_says_why() {
         (got.state, got.end_reason),
         (VmState::Stopped, EndReason::BootTimeout)
     );
-    assert!(world.supervisor.runs().is_empty());
+    assert!world.supervisor.runs().is_empty();
     world.supervisor.guests_are(Guest::Good);
     let started: VmInfo = world.ask(&StartVm { vm: by_id(&made) }).await.unwrap();
     assert_eq!(started.state, VmState::Running);
@@ -239,9 +237,7 @@ async fn each_ending_has_its_reason_and_a_reset_starts_the_vm_again() {
             .end(&run, Some(Ending::Reset.to_wire()), None)
             .await;
         generation += 1;
-        while world.until(&made, VmState::Running).await.generation < generation {
-            tokio::task::yield_now().await;
-        }
+        world.until_generation(&made, generation).await;
     }
     let run = world.supervisor.runs().remove(0);
     world
@@ -316,7 +312,7 @@ async fn a_host_that_goes_down_stops_all_vms_and_control_ends() {
     }
     world.supervisor.shut_down().await;
     world.ended().await.unwrap();
-    assert!(world.supervisor.runs().is_empty());
+    assert!world.supervisor.runs().is_empty();
     world.start().await;
     let vms = world.list().await;
     assert_eq!(vms.len(), 3);

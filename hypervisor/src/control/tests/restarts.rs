@@ -55,13 +55,9 @@ async fn a_monitor_that_died_while_control_was_away_is_reported_with_its_reason(
     let got = world.until(&killed, VmState::Stopped).await;
     assert_eq!(got.end_reason, EndReason::MonitorFailed);
     assert!(got.end_message.contains("signal 9"), "{}", got.end_message);
-    while world.until(&reset, VmState::Running).await.generation < 2 {
-        tokio::task::yield_now().await;
-    }
+    world.until_generation(&reset, 2).await;
     // The supervisor need not keep what is written down.
-    while !world.supervisor.state().ended.is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| world.supervisor.state().ended.is_empty()).await;
     world.restart().await;
     let got = world.until(&panicked, VmState::Stopped).await;
     assert_eq!(got.end_reason, EndReason::GuestPanic);
@@ -72,19 +68,13 @@ async fn a_create_that_was_cut_off_leaves_nothing_and_can_be_repeated() {
     let mut world = World::new().await;
     world.supervisor.guests_are(Guest::NeverRings);
     let _cut = world.begin_create(1).await;
-    while world.supervisor.runs().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| !world.supervisor.runs().is_empty()).await;
     world.kill().await;
     assert_eq!(world.names("vms").len(), 1);
     world.supervisor.guests_are(Guest::Good);
     world.start().await;
-    while !world.names("vms").is_empty() || !world.supervisor.runs().is_empty() {
-        tokio::task::yield_now().await;
-    }
-    while !world.supervisor.state().ended.is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| world.names("vms").is_empty() && world.supervisor.runs().is_empty()).await;
+    eventually(|| world.supervisor.state().ended.is_empty()).await;
     world.assert_nothing_left().await;
     let made = world.create(&create(1)).await.unwrap();
     assert_eq!(made.state, VmState::Running);
@@ -105,9 +95,7 @@ async fn a_start_that_was_cut_off_is_finished_by_the_next_control() {
         .api()
         .begin("mine", protocol::Kind::START_VM.0, body)
         .await;
-    while world.supervisor.runs().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| !world.supervisor.runs().is_empty()).await;
     world.restart().await;
     let got = world.until(&made, VmState::Starting).await;
     assert_eq!(got.generation, 2);
@@ -146,9 +134,8 @@ async fn a_run_that_no_vm_has_is_ended() {
     world.kill().await;
     std::fs::remove_dir_all(world.path(&format!("vms/{}", made.id))).unwrap();
     world.start().await;
-    while !world.supervisor.runs().is_empty() || !world.supervisor.state().ended.is_empty() {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| world.supervisor.runs().is_empty() && world.supervisor.state().ended.is_empty())
+        .await;
     assert!(world.list().await.is_empty());
 }
 

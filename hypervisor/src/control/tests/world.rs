@@ -231,6 +231,14 @@ impl World {
             .expect("it never came to that state")
     }
 
+    /// Asks for a VM until it runs for the `generation`th time.
+    pub(super) async fn until_generation(&self, vm: &VmInfo, generation: u64) {
+        let waiting =
+            async { while self.until(vm, VmState::Running).await.generation < generation {} };
+        let waited = tokio::time::timeout(HANG, waiting).await;
+        waited.expect("it was never started again");
+    }
+
     /// Nothing of any VM is left: no disk, no process, no entry, no socket, no memory taken.
     pub(super) async fn assert_nothing_left(&self) {
         assert_eq!(self.names("vms"), [""; 0]);
@@ -249,6 +257,18 @@ impl Drop for World {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Waits until something holds.
+pub(super) async fn eventually(holds: impl Fn() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(HANG, waiting)
+        .await
+        .expect("it never came to that");
 }
 
 pub(super) fn by_id(vm: &VmInfo) -> VmRef {
