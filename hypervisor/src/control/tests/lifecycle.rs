@@ -50,7 +50,7 @@ async fn a_vm_is_created_stopped_started_and_deleted() {
             (VmState::Stopped, EndReason::Stopped)
         );
     }
-    assert!world.supervisor.runs().is_empty();
+    assert!(world.supervisor.runs().is_empty());
     // What the guest wrote is kept.
     assert_eq!(
         &std::fs::read(&disk).unwrap()[..16],
@@ -170,7 +170,7 @@ async fn a_start_that_fails_keeps_the_vm_and_says_why() {
         (got.state, got.end_reason),
         (VmState::Stopped, EndReason::BootTimeout)
     );
-    assert!world.supervisor.runs().is_empty();
+    assert!(world.supervisor.runs().is_empty());
     world.supervisor.guests_are(Guest::Good);
     let started: VmInfo = world.ask(&StartVm { vm: by_id(&made) }).await.unwrap();
     assert_eq!(started.state, VmState::Running);
@@ -312,7 +312,7 @@ async fn a_host_that_goes_down_stops_all_vms_and_control_ends() {
     }
     world.supervisor.shut_down().await;
     world.ended().await.unwrap();
-    assert!world.supervisor.runs().is_empty();
+    assert!(world.supervisor.runs().is_empty());
     world.start().await;
     let vms = world.list().await;
     assert_eq!(vms.len(), 3);
