@@ -123,7 +123,7 @@ impl House {
         // SAFETY: accept4 just made it.
         let alive = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) };
         let mut buffer = [0; 16];
-        let mut slices = [std::io::IoSliceMut::new(&mut buffer)];
+        let mut slices = [io::IoSliceMut::new(&mut buffer)];
         let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
         let received = nix::sys::socket::recvmsg::<()>(
             alive.as_raw_fd(),
