@@ -10,7 +10,7 @@
     clippy::arithmetic_side_effects
 )]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
@@ -19,10 +19,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Due, Effect};
 use super::events::VsockEvent;
-use super::host::{Inbox, Wanted};
+use super::host::Inbox;
 use super::link::Link;
 use super::packet::{HEADER_SIZE, HOST_CID, Header, Op, STREAM};
-use super::{AGENT_PORT, MOST_CONNECTIONS, VsockState};
+use super::table::Table;
+use super::{AGENT_PORT, VsockState};
 use crate::virtio::GuestMemory;
 use crate::virtio::fault::Broken;
 use crate::virtio::limit::LogLimit;
@@ -42,22 +43,13 @@ const MOST_PAYLOAD: usize = 64 * 1024;
 const BUDGET: u32 = 256;
 /// Resets that wait for buffers of the guest's; then its packets wait too.
 const MOST_RESETS: usize = 256;
-/// Host ports begin where no service has its place. They double as epoll tokens.
-const FIRST_PORT: u32 = 1 << 16;
 const TRANSPORT_RESET: u32 = 0;
 
 pub(super) struct VsockDevice {
     guest_cid: u64,
     inbox: Arc<Inbox>,
-    epoll: Option<Arc<Epoll>>,
-    /// By host port.
-    links: HashMap<u32, Link>,
-    /// Host ports of links that have something for the guest, in turn.
-    line: VecDeque<u32>,
-    /// Host ports of links whose host side has vanished, oldest first.
-    vanished: VecDeque<u32>,
+    table: Table,
     resets: VecDeque<Header>,
-    next_port: u32,
     agent_rang: bool,
     tx_waits: bool,
     owes_transport_reset: bool,
@@ -69,127 +61,15 @@ impl VsockDevice {
     pub(super) fn new(guest_cid: u64, inbox: Arc<Inbox>) -> Self {
         Self {
             guest_cid,
+            table: Table::new(Arc::clone(&inbox)),
             inbox,
-            epoll: None,
-            links: HashMap::new(),
-            line: VecDeque::new(),
-            vanished: VecDeque::new(),
             resets: VecDeque::new(),
-            next_port: FIRST_PORT,
             agent_rang: false,
             tx_waits: false,
             owes_transport_reset: false,
             bytes: vec![0; MOST_PAYLOAD].into_boxed_slice(),
             limit: LogLimit::new(),
         }
-    }
-
-    fn add(&mut self, wanted: Wanted) {
-        let Wanted {
-            ticket,
-            port,
-            wait_for_agent,
-            stream,
-        } = wanted;
-        if self.links.len() >= MOST_CONNECTIONS && !self.make_room() {
-            self.inbox.refuse(
-                ticket,
-                "the guest has too many open streams; close some and try again",
-            );
-            return;
-        }
-        let link = Link::new(port, ticket, wait_for_agent && !self.agent_rang, stream);
-        let host_port = self.free_port();
-        if let Err(error) = self.watch(host_port, &link) {
-            self.inbox.refuse(
-                ticket,
-                &format!("the stream's socket cannot be watched: {error}"),
-            );
-            return;
-        }
-        self.links.insert(host_port, link);
-        self.line_up(host_port);
-    }
-
-    fn watch(&self, host_port: u32, link: &Link) -> io::Result<()> {
-        if let (Some(epoll), Some(stream)) = (&self.epoll, link.stream()) {
-            let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            let token = DEVICE_TOKENS.saturating_add(u64::from(host_port));
-            epoll.ctl(
-                ControlOperation::Add,
-                stream.as_raw_fd(),
-                EpollEvent::new(events, token),
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Gives up the connection whose host side vanished first.
-    fn make_room(&mut self) -> bool {
-        while let Some(host_port) = self.vanished.pop_front() {
-            if let Some(mut link) = self.links.remove(&host_port) {
-                link.give_up();
-                if link.connection.due(false) == Some(Due::Reset) && self.resets.len() < MOST_RESETS
-                {
-                    let reset = self.header(host_port, link.guest_port, Op::Reset);
-                    self.resets.push_back(reset);
-                }
-                return true;
-            }
-        }
-        false
-    }
-
-    fn free_port(&mut self) -> u32 {
-        // The table has far fewer entries than there are ports.
-        loop {
-            let port = self.next_port;
-            self.next_port = match port.checked_add(1) {
-                // The highest number means "any port".
-                Some(next) if next < u32::MAX => next,
-                _ => FIRST_PORT,
-            };
-            if !self.links.contains_key(&port) {
-                return port;
-            }
-        }
-    }
-
-    fn line_up(&mut self, host_port: u32) {
-        if let Some(link) = self.links.get_mut(&host_port)
-            && !link.in_line
-            && link.connection.due(link.is_readable()).is_some()
-        {
-            link.in_line = true;
-            self.line.push_back(host_port);
-        }
-    }
-
-    /// After anything happened to a link: it leaves when it is over, or stands in line.
-    fn settle(&mut self, host_port: u32) {
-        let Some(link) = self.links.get_mut(&host_port) else {
-            return;
-        };
-        link.settle();
-        if link.is_over() {
-            if let Some(ticket) = link.ticket.take() {
-                self.inbox.refuse(
-                    ticket,
-                    "the host's side was closed before the guest answered",
-                );
-            }
-            self.links.remove(&host_port);
-            return;
-        }
-        if link.has_hung_up() && !link.listed_as_vanished {
-            link.listed_as_vanished = true;
-            self.vanished.push_back(host_port);
-            if self.vanished.len() > MOST_CONNECTIONS.saturating_mul(2) {
-                let links = &self.links;
-                self.vanished.retain(|port| links.contains_key(port));
-            }
-        }
-        self.line_up(host_port);
     }
 
     fn header(&self, host_port: u32, guest_port: u32, op: Op) -> Header {
@@ -255,14 +135,14 @@ impl VsockDevice {
         let host_port = header.target_port;
         let known = header.target_cid == HOST_CID
             && header.kind == STREAM
-            && self.links.get(&host_port).is_some_and(|link| {
+            && self.table.links.get(&host_port).is_some_and(|link| {
                 link.guest_port == header.source_port && !link.connection.is_over()
             });
         if !known {
             self.take_stray(&header);
             return Ok(());
         }
-        let Some(link) = self.links.get_mut(&host_port) else {
+        let Some(link) = self.table.links.get_mut(&host_port) else {
             return Ok(());
         };
         match link.connection.receive(&header) {
@@ -290,7 +170,7 @@ impl VsockDevice {
                 self.complain(&format!("a stream was reset: {violation}"));
             }
         }
-        self.settle(host_port);
+        self.table.settle(host_port);
         Ok(())
     }
 
@@ -307,12 +187,12 @@ impl VsockDevice {
         if rings {
             self.agent_rang = true;
             self.inbox.events.send(VsockEvent::AgentRang);
-            let ports: Vec<u32> = self.links.keys().copied().collect();
+            let ports: Vec<u32> = self.table.links.keys().copied().collect();
             for port in ports {
-                if let Some(link) = self.links.get_mut(&port) {
+                if let Some(link) = self.table.links.get_mut(&port) {
                     link.connection.agent_rang();
                 }
-                self.line_up(port);
+                self.table.line_up(port);
             }
         }
     }
@@ -330,7 +210,7 @@ impl VsockDevice {
         };
         ring.silence()?;
         let mut budget = BUDGET;
-        while !(self.resets.is_empty() && self.line.is_empty()) {
+        while !(self.resets.is_empty() && self.table.line.is_empty()) {
             if budget == 0 {
                 ring.kick_again();
                 break;
@@ -363,10 +243,10 @@ impl VsockDevice {
         if let Some(reset) = self.resets.pop_front() {
             return write_packet(memory, chain, &reset, &[]).map(Some);
         }
-        let Some(host_port) = self.line.pop_front() else {
+        let Some(host_port) = self.table.line.pop_front() else {
             return Ok(None);
         };
-        let Some(link) = self.links.get_mut(&host_port) else {
+        let Some(link) = self.table.links.get_mut(&host_port) else {
             return Ok(None);
         };
         link.in_line = false;
@@ -417,7 +297,7 @@ impl VsockDevice {
         } else {
             None
         };
-        self.settle(host_port);
+        self.table.settle(host_port);
         Ok(written)
     }
 
@@ -446,24 +326,10 @@ impl VsockDevice {
         Ok(())
     }
 
-    /// The guest forgot its connections: so does the host. Requests it has not seen stay.
     fn forget_connections(&mut self, keep_unseen: bool, why: &str) {
-        let inbox = &self.inbox;
-        self.links.retain(|_, link| {
-            let unseen = link.connection.is_pending() && !link.connection.is_requested();
-            if keep_unseen && unseen {
-                return true;
-            }
-            if let Some(ticket) = link.ticket.take() {
-                inbox.refuse(ticket, why);
-            }
-            false
-        });
+        self.table.forget(keep_unseen, why);
         self.resets.clear();
-        self.vanished.clear();
         self.tx_waits = false;
-        let links = &self.links;
-        self.line.retain(|port| links.contains_key(port));
     }
 }
 
@@ -529,7 +395,7 @@ impl Device for VsockDevice {
     fn attach(&mut self, epoll: &Arc<Epoll>) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, DEVICE_TOKENS);
         epoll.ctl(ControlOperation::Add, self.inbox.event.as_raw_fd(), event)?;
-        self.epoll = Some(Arc::clone(epoll));
+        self.table.epoll = Some(Arc::clone(epoll));
         Ok(())
     }
 
@@ -550,17 +416,23 @@ impl Device for VsockDevice {
         match u32::try_from(token.saturating_sub(DEVICE_TOKENS)) {
             Ok(0) | Err(_) => {
                 for wanted in self.inbox.take() {
-                    self.add(wanted);
+                    let evicted = self.table.add(wanted, self.agent_rang);
+                    if let Some((host_port, guest_port)) = evicted
+                        && self.resets.len() < MOST_RESETS
+                    {
+                        let reset = self.header(host_port, guest_port, Op::Reset);
+                        self.resets.push_back(reset);
+                    }
                 }
             }
             Ok(host_port) => {
-                if let Some(link) = self.links.get_mut(&host_port) {
+                if let Some(link) = self.table.links.get_mut(&host_port) {
                     link.stirred(
                         events.contains(EventSet::IN),
                         events.contains(EventSet::OUT),
                         events.intersects(EventSet::HANG_UP | EventSet::ERROR),
                     );
-                    self.settle(host_port);
+                    self.table.settle(host_port);
                 }
             }
         }
@@ -588,7 +460,7 @@ impl Device for VsockDevice {
     fn save(&self) -> DeviceState {
         DeviceState::Vsock(VsockState {
             agent_rang: self.agent_rang,
-            next_port: self.next_port,
+            next_port: self.table.next_port,
         })
     }
 
@@ -597,9 +469,7 @@ impl Device for VsockDevice {
             return false;
         };
         self.agent_rang = state.agent_rang;
-        self.next_port = state
-            .next_port
-            .clamp(FIRST_PORT, u32::MAX.saturating_sub(1));
+        self.table.continue_at(state.next_port);
         // The connections of the machine that was saved are not this machine's.
         self.owes_transport_reset = true;
         true

@@ -10,6 +10,7 @@ mod host;
 mod link;
 mod packet;
 mod state;
+mod table;
 
 use std::io;
 use std::sync::Arc;
