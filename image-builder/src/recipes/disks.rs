@@ -81,6 +81,11 @@ pub(crate) fn data(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
 }
 
 fn build_data(kitchen: &Kitchen, root: &Path, out: &Path) -> Result<(), RecipeError> {
+    if !tool::is_root() {
+        eprintln!("{DATA}: root is needed, by sudo, to mount the new file system (once)");
+        // Before the spinner starts: this is where sudo may ask for a password.
+        Tool::new("sudo").arg("true").read()?;
+    }
     let log = kitchen.log(DATA);
     let mut progress = Progress::start(DATA);
     let raw = out.join("data.raw");
@@ -99,15 +104,13 @@ fn build_data(kitchen: &Kitchen, root: &Path, out: &Path) -> Result<(), RecipeEr
     let mount_point = out.join("mnt");
     files::make_dir(&mount_point)?;
     // The mount lives in a namespace of its own: it is gone when the script ends, however it ends.
-    let mut words: Vec<&str> = Vec::new();
-    if !tool::is_root() {
-        eprintln!("{DATA}: root is needed, by sudo, to mount the new file system (once)");
-        words.push("sudo");
-    }
-    words.extend(["unshare", "--mount", "--propagation", "private", "sh", "-c"]);
-    let program = words.remove(0);
-    Tool::new(program)
-        .args(words)
+    let import = if tool::is_root() {
+        Tool::new("unshare")
+    } else {
+        Tool::new("sudo").arg("unshare")
+    };
+    import
+        .args(["--mount", "--propagation", "private", "sh", "-c"])
         .arg(IMPORT)
         .arg("import")
         .arg(&raw)
