@@ -3,7 +3,7 @@
 //! it loads KVM, plays control and starts itself as the monitor; as PID 1 of the guest it looks
 //! around, answers on vsock and ends the machine in the way that was asked for.
 //!
-//! `examples/smoke.sh [poweroff|reboot|panic|triple|fault|hang]` puts the initramfs together and
+//! `examples/smoke.sh [poweroff|reboot|panic|triple|hang]` puts the initramfs together and
 //! runs QEMU.
 
 use std::error::Error;
@@ -385,11 +385,9 @@ fn agent() -> Result<()> {
     }
 }
 
-/// Jumps into a kernel of garbage: kexec without its own safety net is not there, so the interrupt
-/// table is taken away and an exception raised.
+/// Linux can restart a machine by a triple fault: it loads an empty interrupt table and raises an
+/// exception.
 fn triple_fault() -> Result<()> {
-    // Only a kernel that still has port and memory access for PID 1 lets us; the reboot method
-    // "triple" does exactly this.
     fs::write("/sys/kernel/reboot/type", "triple")?;
     reboot(RebootMode::RB_AUTOBOOT)?;
     Ok(())
