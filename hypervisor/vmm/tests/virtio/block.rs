@@ -4,11 +4,15 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 use vmm::virtio::block::{BlockBackend, FileBackend, block};
 
 use crate::rig::{DATA, Faults, MEMORY_SIZE, NEEDS_RESET, Rig, STATUS, memory};
+
+/// A wait that fails its test; no healthy run comes near.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(20);
 
 const SIZE: u64 = 8 << 20;
 const SECTORS: u64 = SIZE / 512;
@@ -367,7 +371,7 @@ impl BlockBackend for Recorder {
         self.calls.lock().unwrap().push("sync");
         self.in_sync.send(()).unwrap();
         // An error means that the test is over.
-        let _ = self.may_return.recv();
+        let _ = self.may_return.recv_timeout(GIVE_UP_AFTER);
         Ok(())
     }
 
@@ -425,7 +429,7 @@ fn a_flush_is_answered_only_after_the_data_is_on_stable_storage() {
     let mut r = recorded();
     assert_eq!(request(&mut r.rig, OUT, 0, Some((512, false))).0, 0);
     offer_flush(&mut r.rig);
-    r.in_sync.recv().unwrap();
+    r.in_sync.recv_timeout(GIVE_UP_AFTER).unwrap();
     assert!(r.rig.used_now(0).is_none(), "not answered while it syncs");
     assert_eq!(r.rig.bytes(ANSWER, 1), [0xee]);
     r.let_return.send(()).unwrap();
@@ -439,7 +443,7 @@ fn a_flush_is_answered_only_after_the_data_is_on_stable_storage() {
 fn a_reset_waits_for_the_io_in_flight() {
     let mut r = recorded();
     offer_flush(&mut r.rig);
-    r.in_sync.recv().unwrap();
+    r.in_sync.recv_timeout(GIVE_UP_AFTER).unwrap();
     let device = &r.rig.device;
     let (reset_done, done) = channel();
     std::thread::scope(|scope| {
@@ -449,7 +453,7 @@ fn a_reset_waits_for_the_io_in_flight() {
         });
         assert!(done.try_recv().is_err());
         r.let_return.send(()).unwrap();
-        done.recv().unwrap();
+        done.recv_timeout(GIVE_UP_AFTER).unwrap();
     });
     // The buffers were still the device's when the I/O ended, and it was answered into them.
     assert_eq!(r.rig.bytes(ANSWER, 1), [0]);
