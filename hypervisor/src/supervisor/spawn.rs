@@ -269,7 +269,7 @@ fn become_program(prepared: &Prepared<'_>) -> Result<std::convert::Infallible, (
 /// Marks every descriptor behind those handed over close-on-exec. The program's and the pipe's stay
 /// usable until then.
 fn close_rest(handed: usize) -> nix::Result<()> {
-    let first = FIRST_DESCRIPTOR as libc::c_long + handed as libc::c_long;
+    let first = libc::c_long::from(FIRST_DESCRIPTOR) + handed as libc::c_long;
     // SAFETY: close_range(2) with CLOEXEC closes nothing yet; it takes numbers only.
     let done = unsafe {
         libc::syscall(
