@@ -16,7 +16,9 @@ mod progress;
 mod recipes;
 mod tool;
 
-use recipes::{Kitchen, RecipeError, disks, guest_kernel, guest_root, host_kernel, initramfs};
+use recipes::{
+    Kitchen, RecipeError, disks, guest_kernel, guest_root, host_kernel, initramfs, peer,
+};
 
 /// Makes the images of a supvm appliance. Slow parts are kept in the user's cache directory, under
 /// a hash of their inputs; the path of what was asked for goes to standard output.
@@ -39,6 +41,8 @@ enum Part {
     SystemDisk,
     /// The XFS data disk with the templates imported, as qcow2
     DataDisk,
+    /// Debian's QEMU as an archive, to run beside supvm in a benchmark
+    PeerQemu,
     /// The guest's first root
     GuestInitramfs {
         /// The guest-init program
@@ -95,6 +99,7 @@ fn run(part: Part) -> Result<PathBuf, RecipeError> {
         Part::HostKernel => host_kernel::make(&kitchen),
         Part::SystemDisk => disks::system(&kitchen),
         Part::DataDisk => disks::data(&kitchen),
+        Part::PeerQemu => peer::make(&kitchen),
         Part::GuestInitramfs { guest_init, out } => {
             initramfs::guest(&guest_init, &out)?;
             Ok(out)

@@ -16,6 +16,7 @@ pub(crate) mod guest_root;
 pub(crate) mod host_kernel;
 pub(crate) mod initramfs;
 mod modules;
+pub(crate) mod peer;
 
 /// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]
