@@ -672,3 +672,33 @@ fn a_restored_guest_is_told_that_its_streams_are_gone() {
     host.connect(1, AGENT_PORT, true, theirs);
     guest.expect(REQUEST);
 }
+
+#[test]
+fn streams_with_data_take_turns() {
+    let mut guest = Guest::without_buffers();
+    guest.post(0);
+    guest.post(1);
+    guest.rig.kick(RX);
+    let (_, mut busy) = guest.open(1);
+    let (_, mut quiet) = guest.open(2);
+    let stray = Peer {
+        host_port: 9,
+        guest_port: 9,
+    };
+    for _ in 0..2 {
+        // Uses the buffers up.
+        guest.send(stray, CREDIT_UPDATE);
+        guest.rig.used(RX);
+    }
+    quiet.write_all(b"me").unwrap();
+    busy.set_nonblocking(true).unwrap();
+    while busy.write(&[0; 65536]).is_ok() {}
+    // The answer comes after the device has seen both.
+    guest.rig.device.save().unwrap();
+    guest.post(0);
+    guest.post(1);
+    guest.rig.kick(RX);
+    let lengths = [guest.rig.used(RX).1, guest.rig.used(RX).1];
+    assert!(lengths.contains(&46), "{lengths:?}");
+    assert!(lengths.iter().any(|l| *l > 46), "{lengths:?}");
+}
