@@ -132,6 +132,14 @@ impl Spawn<'_> {
         let (answer, report) =
             nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(system("make a pipe"))?;
         let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+        // What the child still needs after its descriptors are in their places must not lie there.
+        let network = self.confinement.network.map(above).transpose()?;
+        let cgroup = self.confinement.cgroup.map(above).transpose()?;
+        let confinement = Confinement {
+            network: network.as_ref().map(AsFd::as_fd),
+            cgroup: cgroup.as_ref().map(AsFd::as_fd),
+            ..self.confinement
+        };
         let prepared = Prepared {
             program: self.program.file.as_raw_fd(),
             arguments: pointers(&self.program.arguments),
@@ -146,7 +154,7 @@ impl Spawn<'_> {
                 cause,
             })?,
             terminal: number(self.terminal),
-            confinement: self.confinement,
+            confinement,
             parent: getpid(),
             report: above(report.as_fd())?,
         };
