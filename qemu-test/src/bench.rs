@@ -89,7 +89,7 @@ async fn measure(layout: &Layout, target: &Path) -> Result<(), BenchError> {
     row("guest-init, resident", kib(number(&status.stdout)?));
     let mut probe = appliance.probe().await?;
     // Private pages of all mappings but the guest's memory, which is a memory file.
-    let private = "awk '/^[0-9a-f]+-[0-9a-f]+ / {guest = /memfd:/} /^Private_/ {if (!guest) sum += $2} END {print sum}' /proc/$(pgrep -f '^supvm vmm')/smaps";
+    let private = "awk '/^[0-9a-f]+-[0-9a-f]+ / {guest = /memfd:/} /^Private_/ {if (!guest) sum += $2} END {print sum}' /proc/$(role vmm)/smaps";
     row(
         "a vmm process, private memory beyond guest pages",
         kib(number(&probe.run(private).await?)?),

@@ -19,6 +19,11 @@ const MAX_OUTPUT: usize = 8 << 20;
 /// How long the shell may take to come up, and a command unless it says otherwise.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The shell function `role NAME`: the process numbers of supvm's role of that name, one a line.
+const ROLE: &str = "role() { for p in /proc/[0-9]*; do \
+    case \"$({ tr '\\0' ' ' <$p/cmdline; } 2>/dev/null)\" in \"supvm $1 \"*) echo ${p#/proc/};; esac; \
+    done; }";
+
 /// Why a command could not be run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
@@ -80,6 +85,7 @@ impl Probe {
         };
         let set_up = "stty -echo; PS1=; PS2=; export PATH=/debug/bin:$PATH";
         probe.outcome(set_up, PATIENCE).await?;
+        probe.run(ROLE).await?;
         Ok(probe)
     }
 

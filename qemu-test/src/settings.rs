@@ -45,11 +45,11 @@ struct Debug {
 }
 
 /// The tools of busybox that the probe's commands use.
-const APPLETS: [&str; 44] = [
+const APPLETS: [&str; 42] = [
     "ash", "awk", "basename", "cat", "chmod", "cut", "date", "dd", "df", "dmesg", "du", "env",
     "find", "free", "grep", "head", "hexdump", "id", "ifconfig", "kill", "ls", "lsmod", "mount",
-    "netstat", "nohup", "od", "pgrep", "pidof", "ps", "readlink", "rm", "sed", "seq", "sh",
-    "sleep", "sort", "stat", "stty", "sync", "tail", "tr", "uname", "wc", "xargs",
+    "netstat", "od", "pidof", "ps", "readlink", "rm", "sed", "seq", "sh", "sleep", "sort", "stat",
+    "stty", "sync", "tail", "tr", "uname", "wc", "xargs",
 ];
 
 /// The text of `supvm.toml`. The second token belongs to somebody else.

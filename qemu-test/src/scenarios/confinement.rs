@@ -7,7 +7,7 @@ pub(crate) async fn a_monitor_is_confined_and_holds_only_what_it_was_handed(
 ) -> Result<(), Failure> {
     let made = context.create().await?;
     let mut probe = context.probe().await?;
-    let pid = probe.run("pgrep -f '^supvm vmm'").await?;
+    let pid = probe.run("role vmm").await?;
     let pid: u32 = pid.trim().parse()?;
     // Every thread, not only the first.
     let modes = probe

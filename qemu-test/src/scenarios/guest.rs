@@ -36,7 +36,7 @@ pub(crate) async fn the_system_inside_is_clean_and_can_do_what_containers_need(
         "cd /tmp && mkdir -p l u w m && unshare --mount sh -c 'mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w m && echo x > m/f' && test -s u/f",
         "test -e /sys/fs/cgroup/cgroup.controllers && grep -q memory /sys/fs/cgroup/cgroup.controllers",
         "test -c /dev/net/tun && test -c /dev/fuse",
-        "ip link add supvm0 type bridge && ip link add a type veth peer name b && ip link set a master supvm0 && ip link del a && ip link del supvm0",
+        "ip link add supvm0 type bridge && ip link add supvm1 type veth peer name supvm2 && ip link set supvm1 master supvm0 && ip link del supvm1 && ip link del supvm0",
         "grep -q nf_tables /proc/kallsyms",
         "touch /dev/shm/x && mount | grep -q 'devpts'",
     ] {

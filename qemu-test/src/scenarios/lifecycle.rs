@@ -62,9 +62,11 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
     ensure(listed.is_empty(), || format!("left over: {listed:?}"))?;
     let mut probe = context.probe().await?;
     let left = probe
-        .run("ls /data/vms /data/staging /run/supvm/vmm; pgrep -f '^supvm vmm' || true")
+        .run("ls /data/vms /data/staging /run/supvm/vmm; echo monitors:$(role vmm)")
         .await?;
-    ensure(!left.contains("vm-"), || format!("left over: {left}"))
+    ensure(!left.contains("vm-") && left.ends_with("monitors:"), || {
+        format!("left over: {left}")
+    })
 }
 
 pub(crate) async fn commands_get_arguments_environment_and_directory(

@@ -21,7 +21,7 @@ pub(crate) async fn three_hundred_megabytes_on_both_outputs_leave_memory_flat(
     let other = context.create().await?;
     let mut probe = context.probe().await?;
     // What the host's own processes hold, guest memory (a memory file) not counted.
-    let memory = "for p in $(pgrep -f '^supvm '); do grep -E '^(RssAnon):' /proc/$p/status; done | awk '{s += $2} END {print s}'";
+    let memory = "for p in $(role control; role proxy; role vmm); do grep -E '^(RssAnon):' /proc/$p/status; done | awk '{s += $2} END {print s}'";
     let idle = round_trip(&context.client, &other, 30).await?;
     let before: u64 = probe.run(memory).await?.trim().parse()?;
 

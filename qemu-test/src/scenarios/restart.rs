@@ -29,7 +29,7 @@ pub(crate) async fn a_killed_control_loses_no_line_of_a_running_command(
         };
         out.extend_from_slice(&bytes);
         if !killed && out.windows(4).any(|window| window == b"\n20\n") {
-            probe.run("kill -9 $(pgrep -f '^supvm control')").await?;
+            probe.run("kill -9 $(role control)").await?;
             killed = true;
         }
     }
@@ -57,7 +57,7 @@ pub(crate) async fn a_monitor_that_died_while_control_was_down_is_reported(
     let made = context.create().await?;
     let mut probe = context.probe().await?;
     // Stopped, control sees nothing of the monitor's end; killed afterwards, it never will.
-    let line = "c=$(pgrep -f '^supvm control'); kill -STOP $c; kill -9 $(pgrep -f '^supvm vmm'); sleep 1; kill -9 $c";
+    let line = "c=$(role control); kill -STOP $c; kill -9 $(role vmm); sleep 1; kill -9 $c";
     probe.run(line).await?;
     context.reconnect().await?;
     let info = context
@@ -80,12 +80,12 @@ pub(crate) async fn a_killed_proxy_comes_back_and_the_vm_never_notices(
     let made = context.create().await?;
     let boot_id = context.boot_id(&made).await?;
     let mut probe = context.probe().await?;
-    let before = probe.run("pgrep -f '^supvm proxy'").await?;
-    probe.run("kill -9 $(pgrep -f '^supvm proxy')").await?;
+    let before = probe.run("role proxy").await?;
+    probe.run("kill -9 $(role proxy)").await?;
     // The supervisor's back-off begins far below this.
     sleep(Duration::from_millis(200)).await;
     context.reconnect().await?;
-    let after = probe.run("pgrep -f '^supvm proxy'").await?;
+    let after = probe.run("role proxy").await?;
     ensure(before != after, || "proxy was not killed")?;
     ensure(
         context.boot_id(&made).await? == boot_id,

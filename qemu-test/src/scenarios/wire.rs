@@ -53,6 +53,8 @@ type Opened = oneshot::Sender<Result<yamux::Stream, yamux::ConnectionError>>;
 pub(crate) struct Wire {
     open: mpsc::Sender<Opened>,
     driver: tokio::task::JoinHandle<()>,
+    /// The stream of `Hello`, which stays open and counts.
+    first: Option<WireStream>,
 }
 
 /// One of its streams.
@@ -99,12 +101,16 @@ impl Wire {
             })
             .await;
         });
-        Ok(Self { open, driver })
+        Ok(Self {
+            open,
+            driver,
+            first: None,
+        })
     }
 
     /// Connects and is let in.
     pub(crate) async fn let_in(appliance: &Appliance) -> Result<Self, Failure> {
-        let wire = Self::connect(appliance).await?;
+        let mut wire = Self::connect(appliance).await?;
         let mut first = wire.stream().await?;
         let hello = Hello {
             generation: GENERATION,
@@ -113,7 +119,10 @@ impl Wire {
         first.send(&hello).await?;
         let answer = first.frame().await?;
         match answer {
-            Some(frame) if frame.kind == protocol::Kind::HELLO_OK => Ok(wire),
+            Some(frame) if frame.kind == protocol::Kind::HELLO_OK => {
+                wire.first = Some(first);
+                Ok(wire)
+            }
             other => Err(Failure::new(format!("not let in: {other:?}"))),
         }
     }
@@ -136,6 +145,7 @@ impl Wire {
     /// Vanishes without a word.
     pub(crate) fn vanish(self) {
         self.driver.abort();
+        drop(self.first);
     }
 }
 
