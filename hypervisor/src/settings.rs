@@ -2,7 +2,7 @@
 //! file is a working one; an unknown name or a value that cannot be served is an error that says
 //! where it stands. Nothing here is secret: of a token only its hash is kept.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -172,8 +172,6 @@ pub struct Network {
     /// Interfaces with fixed addresses.
     #[serde(rename = "static")]
     pub fixed: Vec<StaticInterface>,
-    /// Name servers; none means those that DHCP tells.
-    pub dns: Vec<IpAddr>,
 }
 
 impl Default for Network {
@@ -181,7 +179,6 @@ impl Default for Network {
         Self {
             dhcp: true,
             fixed: Vec::new(),
-            dns: Vec::new(),
         }
     }
 }
@@ -493,7 +490,6 @@ mod tests {
             log = {{ level = "debug" }}
             [network]
             dhcp = false
-            dns = ["192.0.2.1", "2001:db8::1"]
             [[network.static]]
             interface = "eth0"
             address = "192.0.2.10/24"

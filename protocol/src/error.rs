@@ -56,6 +56,8 @@ wire_enum! {
         ProcessExists = 22,
         /// The peer speaks a generation that is not served here.
         GenerationUnsupported = 23,
+        /// Another VM of the same owner has this name.
+        NameTaken = 24,
     }
 }
 

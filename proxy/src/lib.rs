@@ -43,7 +43,7 @@ pub enum ProxyError {
     Api(#[source] io::Error),
 }
 
-/// The role: serves until a socket fails, on threads of its own. `listen` and `api` are the
+/// The role: serves for ever, on threads of its own. `listen` and `api` are the
 /// listening sockets named by [`protocol::host::proxy::descriptor`].
 pub fn run(listen: OwnedFd, api: OwnedFd) -> Result<(), ProxyError> {
     tokio::runtime::Builder::new_multi_thread()
@@ -61,9 +61,7 @@ pub async fn serve(listen: OwnedFd, api: OwnedFd) -> Result<(), ProxyError> {
     unix.set_nonblocking(true).map_err(ProxyError::Api)?;
     let unix = UnixListener::from_std(unix).map_err(ProxyError::Api)?;
     tokio::select! {
-        result = api::control::accept(control, Arc::clone(&shared)) => {
-            result.map_err(ProxyError::Listen)
-        }
+        () = api::control::accept(control, Arc::clone(&shared)) => Ok(()),
         () = api::listen::accept_unix(unix, shared) => Ok(()),
     }
 }

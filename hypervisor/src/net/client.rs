@@ -82,10 +82,6 @@ impl Client {
                 config.address.prefix_len(),
             ));
             lease.gateway = config.router.map(|router| router.octets());
-            for server in &config.dns_servers {
-                // What does not fit is done without.
-                let _ = lease.dns.push(server.octets());
-            }
         }
         if lease == self.told {
             return None;

@@ -8,6 +8,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -45,8 +46,18 @@ fn no_lease(interface: u32) -> Lease {
         interface,
         address: None,
         gateway: None,
-        dns: heapless::Vec::new(),
     }
+}
+
+fn log(lease: &Lease) {
+    let interface = lease.interface;
+    let Some((address, prefix)) = lease.address else {
+        tracing::info!(interface, "no lease any more");
+        return;
+    };
+    let address = format!("{}/{prefix}", Ipv4Addr::from(address));
+    let gateway = lease.gateway.map(|gateway| Ipv4Addr::from(gateway).to_string());
+    tracing::info!(interface, address, gateway, "lease");
 }
 
 /// Runs until the supervisor closes its end. The descriptors hold `supervisor`.
@@ -109,7 +120,7 @@ impl Net {
             leases.extend(client.turn());
         }
         for lease in leases {
-            tracing::info!(interface = lease.interface, address = ?lease.address, gateway = ?lease.gateway, "lease");
+            log(&lease);
             send(self.supervisor.as_fd(), &lease, &[])?;
         }
         Ok(())

@@ -316,7 +316,7 @@ impl<D: Duties> Supervisor<D> {
     fn vmm_ended(&mut self, run: &Run) {
         if let Some(ended) = self.vmms.look_at(run) {
             let (exit_code, signal) = (ended.exit_code, ended.signal);
-            tracing::info!(vm = %run.vm, run = run.generation, ?exit_code, ?signal, "monitor ended");
+            tracing::info!(vm = %run.vm, run = run.generation, exit_code, signal, "monitor ended");
             self.tell_control(&ended);
         }
     }
@@ -450,7 +450,7 @@ impl<D: Duties> Supervisor<D> {
         let now = Instant::now();
         match self.phase {
             Phase::Running => {
-                tracing::info!(within = ?VMS_STOP_WITHIN, "stopping the VMs");
+                tracing::info!(within_s = VMS_STOP_WITHIN.as_secs(), "stopping the VMs");
                 self.outcome = outcome;
                 self.services.iter_mut().for_each(Service::retire);
                 self.phase = Phase::StoppingVms(now + VMS_STOP_WITHIN + CONTROL_ENDS_WITHIN);
@@ -489,8 +489,16 @@ impl<D: Duties> Supervisor<D> {
     }
 
     fn signal_services(&self, signal: Signal) {
-        let children = self.services.iter().filter_map(Service::child);
-        children.for_each(|child| child.signal(signal));
+        for service in &self.services {
+            // A shell that somebody types into ends by a hang-up; it ignores SIGTERM.
+            let signal = match (service.kind, signal) {
+                (Kind::DebugShell, Signal::SIGTERM) => Signal::SIGHUP,
+                _ => signal,
+            };
+            if let Some(child) = service.child() {
+                child.signal(signal);
+            }
+        }
     }
 
     fn anything_runs(&self) -> bool {

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
 use super::confinement::{Capability, Confinement};
@@ -132,7 +132,7 @@ impl Service {
             }
             Err(error) => {
                 let wait = self.backoff.ended(now, now);
-                tracing::error!(service = name, %error, again_in = ?wait, "could not be started");
+                tracing::error!(service = name, %error, again_in_ms = milliseconds(wait), "could not be started");
                 self.state = State::Due(now + wait);
             }
         }
@@ -209,10 +209,10 @@ impl Service {
         let name = self.kind.name();
         if again {
             let wait = self.backoff.ended(*since, now);
-            tracing::error!(service = name, ?end, again_in = ?wait, "ended");
+            tracing::error!(service = name, how = %end, again_in_ms = milliseconds(wait), "ended");
             self.state = State::Due(now + wait);
         } else {
-            tracing::info!(service = name, ?end, "ended");
+            tracing::info!(service = name, how = %end, "ended");
             self.state = State::Over;
         }
     }
@@ -223,6 +223,10 @@ impl Service {
             self.state = State::Over;
         }
     }
+}
+
+fn milliseconds(wait: Duration) -> u64 {
+    u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Name of the socket between a service and the supervisor.

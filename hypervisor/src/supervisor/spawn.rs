@@ -326,6 +326,15 @@ impl End {
     }
 }
 
+impl std::fmt::Display for End {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(code) => write!(formatter, "exit code {code}"),
+            Self::Killed(signal) => write!(formatter, "signal {signal}"),
+        }
+    }
+}
+
 /// A process of ours that nobody has waited for yet.
 #[derive(Debug)]
 pub(crate) struct Child {

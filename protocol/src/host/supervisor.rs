@@ -133,8 +133,6 @@ pub struct Lease {
     pub address: Option<([u8; 4], u8)>,
     /// Default gateway.
     pub gateway: Option<[u8; 4]>,
-    /// Name servers.
-    pub dns: heapless::Vec<[u8; 4], 4>,
 }
 
 messages! {

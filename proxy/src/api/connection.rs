@@ -65,7 +65,7 @@ where
                     });
                 }
                 Some(Err(error)) => {
-                    log_broken(&peer, &error);
+                    log_broken(&peer, &error, streams.len());
                     return;
                 }
                 None => return,
@@ -117,11 +117,29 @@ fn log_stream(
     }
 }
 
-fn log_broken(peer: &str, error: &ConnectionError) {
+fn log_broken(peer: &str, error: &ConnectionError, streams: usize) {
     static QUIET: Quiet = Quiet::new();
+    if vanished(error) {
+        // An end without a goodbye matters only where something was under way.
+        if streams == 0 {
+            tracing::debug!(peer, "client went away");
+        } else if let Some(left_out) = QUIET.allow() {
+            tracing::info!(peer, streams, left_out, "client vanished with streams open");
+        }
+        return;
+    }
     if let Some(left_out) = QUIET.allow() {
         tracing::info!(peer, %error, left_out, "connection broken");
     }
+}
+
+/// Whether the client is simply gone, as one that was killed is, rather than against the rules.
+fn vanished(error: &ConnectionError) -> bool {
+    use std::io::ErrorKind;
+    matches!(error, ConnectionError::Io(error) if matches!(
+        error.kind(),
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+    ))
 }
 
 fn log_slow(peer: &str) {

@@ -9,18 +9,22 @@ use protocol::host::proxy::{ApiReply, Serve};
 
 use super::Shared;
 use super::desk::Outgoing;
-use super::listen::Listening;
+use super::listen::{Listening, log_accept};
 use crate::channel::{Channel, ChannelListener};
 
 /// Accepts controls for ever; the newest replaces the one before.
-pub(crate) async fn accept(
-    listener: ChannelListener,
-    shared: Arc<Shared>,
-) -> Result<(), std::io::Error> {
+pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
     let listening = Arc::new(tokio::sync::Mutex::new(Listening::default()));
     let mut current: Option<tokio::task::JoinHandle<()>> = None;
     loop {
-        let channel = listener.accept().await?;
+        let channel = match listener.accept().await {
+            Ok(channel) => channel,
+            // Such as for want of descriptors: no reason to end everybody's connections.
+            Err(error) => {
+                log_accept(&error).await;
+                continue;
+            }
+        };
         if let Some(task) = current.take() {
             task.abort();
         }

@@ -220,7 +220,7 @@ impl Drop for Place {
     }
 }
 
-async fn log_accept(error: &io::Error) {
+pub(crate) async fn log_accept(error: &io::Error) {
     static QUIET: Quiet = Quiet::new();
     if let Some(left_out) = QUIET.allow() {
         tracing::warn!(%error, left_out, "cannot accept a connection");

@@ -162,7 +162,7 @@ async fn other_owners_vms_do_not_exist_and_names_are_each_owner_s_own() {
     // Taken among one's own; free again after a delete.
     named.key = protocol::id::IdempotencyKey([2; 16]);
     let error = world.create(&named).await.unwrap_err();
-    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    assert_eq!(error.code, ErrorCode::NameTaken);
     assert!(error.message.contains("web") && error.message.contains(mine.id.as_str()));
     world.delete(&mine).await;
     world.create(&named).await.unwrap();

@@ -255,8 +255,8 @@ pub(crate) async fn make_ready(
             tracing::info!(
                 vm = %run.vm,
                 generation = run.generation,
-                agent = ?configured.agent_version,
-                boot_id = ?configured.boot_id,
+                agent = configured.agent_version.escape_default().to_string(),
+                boot_id = configured.boot_id.escape_default().to_string(),
                 disk_bytes = configured.disk_bytes,
                 "agent configured"
             );
