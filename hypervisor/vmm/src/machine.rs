@@ -137,8 +137,14 @@ impl Machine {
 
         let (teller, told) = teller().map_err(system("making an event"))?;
         let faults = {
-            let teller = teller.clone();
-            FaultSink::new(move |fault| teller.tell(Cause::DeviceFault(fault.to_string())))
+            let (teller, log) = (teller.clone(), Arc::clone(&log));
+            FaultSink::new(move |fault| {
+                if fault.reason.is_fatal() {
+                    teller.tell(Cause::DeviceFault(fault.to_string()));
+                } else {
+                    log.note(&format!("device needs a reset: {fault}"));
+                }
+            })
         };
         let device = |what| system(what);
         let disk = Box::new(FileBackend::new(descriptors.disk));

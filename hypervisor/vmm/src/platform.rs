@@ -111,11 +111,11 @@ impl Platform {
         }
     }
 
-    /// What drivers did wrong, for the machine's owner to read.
+    /// What drivers wrote in vain, for the machine's owner to read.
     pub fn complaints(&self) -> Vec<String> {
         self.virtio
             .iter()
-            .filter_map(|(_, device)| Some(format!("{}: {}", device.kind(), device.last_reason()?)))
+            .filter_map(|(_, device)| Some(format!("{}: {}", device.kind(), device.last_refusal()?)))
             .collect()
     }
 

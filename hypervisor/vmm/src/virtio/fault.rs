@@ -1,5 +1,5 @@
 //! How a device breaks: by its driver's fault, and then it asks to be reset, or so that the machine
-//! cannot go on, and then the machine hears of it. Nothing here decides what the machine does then.
+//! cannot go on. The machine hears of both. Nothing here decides what the machine does then.
 
 use std::fmt;
 use std::sync::Arc;
@@ -130,7 +130,7 @@ impl Broken {
     }
 }
 
-/// A device that cannot go on, and its machine with it.
+/// A device that broke. When the reason [is fatal](Broken::is_fatal), its machine cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{device}: {reason}")]
 pub struct DeviceFault {
@@ -140,7 +140,7 @@ pub struct DeviceFault {
     pub reason: Broken,
 }
 
-/// Where a machine hears of faults it cannot go on with. Called on a device's thread; must not block.
+/// Where a machine hears of devices that broke. Called on a device's thread; must not block.
 #[derive(Clone)]
 pub struct FaultSink(Arc<dyn Fn(DeviceFault) + Send + Sync>);
 

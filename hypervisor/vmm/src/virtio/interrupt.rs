@@ -83,13 +83,15 @@ impl Interrupt {
             .clone()
     }
 
-    /// The device stops until it is reset; the machine hears of it when it cannot go on.
+    /// The device stops until it is reset. The machine hears of it, of a driver that breaks its
+    /// device again and again as often as the log does.
     pub(super) fn break_device(&self, reason: Broken) {
-        if let Some(suppressed) = self.limit.allow() {
+        let allowed = self.limit.allow();
+        if let Some(suppressed) = allowed {
             tracing::warn!(device = %self.kind, %reason, suppressed, "device needs a reset");
         }
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.clone());
-        if reason.is_fatal() {
+        if allowed.is_some() || reason.is_fatal() {
             self.faults.report(DeviceFault {
                 device: self.kind,
                 reason,

@@ -2,12 +2,15 @@
 //! device's descriptors stirs or the transport asks for something, and hands each event to the
 //! device. All I/O of a device happens here, never on a vCPU thread. A panic of the device ends the
 //! device, not the process. It must never take a lock that a vCPU thread holds while it waits here.
-#![deny(
-    clippy::indexing_slicing,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::arithmetic_side_effects
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
 )]
 
 use std::any::Any;
@@ -230,7 +233,12 @@ struct Thread {
 
 impl Thread {
     fn run(&mut self) {
-        self.turn_until_finished();
+        let turned = catch_unwind(AssertUnwindSafe(|| self.turn_until_finished()));
+        if let Err(panic) = turned {
+            self.interrupt.break_device(Broken::Panicked {
+                message: panic_message(panic.as_ref()),
+            });
+        }
         // Whoever asks from now on must not wait for ever.
         self.mailbox.close();
         self.rings.clear();
@@ -363,14 +371,19 @@ impl Thread {
     }
 
     fn break_device(&mut self, reason: Broken) {
-        if self.interrupt.needs_reset() {
+        // A device that is broken already can still die, and then the machine has to hear of it.
+        if self.interrupt.needs_reset() && !reason.is_fatal() {
             return;
         }
         self.interrupt.break_device(reason);
-        if let Some(device) = self.device.as_mut()
-            && catch_unwind(AssertUnwindSafe(|| device.broke())).is_err()
-        {
+        let Some(device) = self.device.as_mut() else {
+            return;
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| device.broke())) {
             self.device = None;
+            self.interrupt.break_device(Broken::Panicked {
+                message: panic_message(panic.as_ref()),
+            });
         }
     }
 }
@@ -381,4 +394,95 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
         .map(|s| (*s).to_owned())
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a panic without a message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::virtio::fault::{DeviceFault, FaultSink};
+    use crate::virtio::rng::RngState;
+
+    /// Breaks at the first kick and panics where `panics` says.
+    struct Odd {
+        panics: &'static str,
+    }
+
+    impl Odd {
+        fn step(&self, name: &str) {
+            if self.panics == name {
+                panic!("injected in {name}");
+            }
+        }
+    }
+
+    impl Device for Odd {
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn config(&self) -> Vec<u8> {
+            Vec::new()
+        }
+
+        fn queue_sizes(&self) -> &'static [u16] {
+            &[8]
+        }
+
+        fn kicked(&mut self, queue: usize, _: &mut Rings) -> Result<(), Broken> {
+            Err(Broken::EndlessChain { queue, head: 0 })
+        }
+
+        fn stop(&mut self, _: bool) {
+            self.step("stop");
+        }
+
+        fn broke(&mut self) {
+            self.step("broke");
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::Rng(RngState {})
+        }
+
+        fn restore(&mut self, _: &DeviceState) -> bool {
+            true
+        }
+    }
+
+    /// The first fault that the machine hears of.
+    fn fault_of(panics: &'static str) -> DeviceFault {
+        let (sender, faults) = mpsc::channel();
+        let sink = FaultSink::new(move |fault: DeviceFault| {
+            if fault.reason.is_fatal() {
+                sender.send(fault).unwrap();
+            }
+        });
+        let interrupt = Arc::new(Interrupt::new(DeviceKind::Block, sink).unwrap());
+        let kicks: Arc<[EventFd]> = [EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap()].into();
+        let device = Box::new(Odd { panics });
+        let worker = Worker::spawn(DeviceKind::Block, device, kicks, Arc::clone(&interrupt));
+        let worker = worker.unwrap();
+        worker.start(vec![None]);
+        let mut polled = libc::pollfd {
+            fd: interrupt.event().as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd.
+        assert_eq!(unsafe { libc::poll(&raw mut polled, 1, 20_000) }, 1);
+        assert!(interrupt.needs_reset(), "the device broke");
+        worker.stop(true);
+        worker.finish();
+        faults.try_recv().expect("the machine hears of it")
+    }
+
+    #[test]
+    fn a_panic_of_a_device_that_its_driver_broke_before_still_ends_the_machine() {
+        for step in ["broke", "stop"] {
+            let fault = fault_of(step);
+            assert!(fault.to_string().contains(step), "{fault}");
+        }
+    }
 }

@@ -40,6 +40,26 @@ fn an_impossible_available_index_breaks_the_device() {
 }
 
 #[test]
+fn the_machine_hears_of_a_device_that_its_driver_broke_but_not_without_end() {
+    let (memory, faults) = (memory(), Faults::default());
+    let device = rng(memory.clone(), faults.sink()).unwrap();
+    let mut rig = Rig::new(device, memory);
+    for round in 0..30 {
+        rig.bring_up(&[8], u64::MAX);
+        rig.claim(0, 1000);
+        rig.kick(0);
+        rig.broken();
+        if round == 0 {
+            let heard = faults.heard();
+            assert_eq!(heard.len(), 1);
+            assert!(heard[0].to_string().contains("impossible"), "{heard:?}");
+        }
+    }
+    assert_eq!(faults.heard().len(), 10);
+    assert!(faults.all().is_empty(), "the machine goes on");
+}
+
+#[test]
 fn a_looping_chain_breaks_the_device() {
     let rig = live();
     rig.descriptor(0, 0, (DATA, 16, NEXT | WRITE, 1));

@@ -33,7 +33,14 @@ impl Faults {
         FaultSink::new(move |fault| list.lock().unwrap().push(fault))
     }
 
+    /// Those that end the machine.
     pub(crate) fn all(&self) -> Vec<DeviceFault> {
+        let mut faults = self.heard();
+        faults.retain(|fault| fault.reason.is_fatal());
+        faults
+    }
+
+    pub(crate) fn heard(&self) -> Vec<DeviceFault> {
         self.0.lock().unwrap().clone()
     }
 }

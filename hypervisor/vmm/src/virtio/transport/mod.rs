@@ -153,15 +153,16 @@ impl VirtioMmio {
 
     /// Why the device last asked for a reset or refused a write, for whoever looks into it.
     pub fn last_reason(&self) -> Option<String> {
-        let refusal = self
-            .last_refusal
+        let broken = self.interrupt.last_reason().map(|r| r.to_string());
+        broken.or_else(|| self.last_refusal())
+    }
+
+    /// Why the device last refused a write.
+    pub fn last_refusal(&self) -> Option<String> {
+        self.last_refusal
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        self.interrupt
-            .last_reason()
-            .map(|r| r.to_string())
-            .or(refusal)
+            .clone()
     }
 
     /// A vCPU reads at `offset`. What does not exist reads zero.
