@@ -15,11 +15,10 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -61,7 +60,13 @@ const STACK: usize = 256 << 10;
 /// The threads of a machine.
 pub(crate) struct Vcpus {
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
+}
+
+struct Thread {
+    /// Set before the thread waits at the gate.
+    id: Arc<OnceLock<libc::pid_t>>,
+    handle: JoinHandle<()>,
 }
 
 impl Vcpus {
@@ -80,10 +85,14 @@ impl Vcpus {
             let (platform, teller) = (Arc::clone(platform), teller.clone());
             let (gate, stop) = (Arc::clone(gate), Arc::clone(&stop));
             let log = Arc::clone(log);
-            let thread = std::thread::Builder::new()
+            let id = Arc::new(OnceLock::new());
+            let own_id = Arc::clone(&id);
+            let handle = std::thread::Builder::new()
                 .name(format!("vcpu{number}"))
                 .stack_size(STACK)
                 .spawn(move || {
+                    // SAFETY: takes nothing, changes nothing.
+                    own_id.get_or_init(|| unsafe { libc::gettid() });
                     gate.wait();
                     let end = catch_unwind(AssertUnwindSafe(|| {
                         seccomp::confine_vcpu()
@@ -100,7 +109,7 @@ impl Vcpus {
                     }
                 })
                 .map_err(VcpuError::Thread)?;
-            threads.push(thread);
+            threads.push(Thread { id, handle });
         }
         Ok(Self { stop, threads })
     }
@@ -108,13 +117,16 @@ impl Vcpus {
     /// Stops every vCPU and waits until they stand.
     pub(crate) fn stop(self) {
         self.stop.store(true, Ordering::SeqCst);
-        for thread in &self.threads {
-            // SAFETY: the thread has not been joined, so its identifier is still its own.
-            unsafe { libc::pthread_kill(thread.as_pthread_t() as _, SIGRTMIN()) };
+        let process = libc::pid_t::try_from(std::process::id()).unwrap_or(0);
+        for id in self.threads.iter().filter_map(|thread| thread.id.get()) {
+            // Not pthread_kill, which may use a system call that a monitor is refused. A thread that
+            // has ended meanwhile is no thread of this process any more, and nobody is signalled.
+            // SAFETY: plain numbers; the signal has a handler since before the thread began.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, *id, SIGRTMIN()) };
         }
         for thread in self.threads {
             // A panic was caught and told inside.
-            let _ = thread.join();
+            let _ = thread.handle.join();
         }
     }
 }
