@@ -569,6 +569,17 @@ fn a_broken_device_closes_everything_at_once() {
     assert_eq!(open.read(&mut [0; 1]).unwrap(), 0);
     assert!(refusal(guest.event(), 3).contains("broke"));
     assert!(guest.faults.all().is_empty());
+    // Nor does anybody wait for what cannot come.
+    let (_late, theirs) = Guest::pair();
+    guest.host.connect(4, 80, false, theirs);
+    assert!(refusal(guest.event(), 4).contains("broke"));
+    // A guest that mends its device can be reached again.
+    guest.rig.bring_up(&[256, 256, 16], !EVENT_IDX);
+    let (_again, theirs) = Guest::pair();
+    guest.host.connect(5, 80, false, theirs);
+    guest.post(0);
+    guest.rig.kick(RX);
+    guest.expect(REQUEST);
 }
 
 #[test]

@@ -44,6 +44,7 @@ const BUDGET: u32 = 256;
 /// Resets that wait for buffers of the guest's; then its packets wait too.
 const MOST_RESETS: usize = 256;
 const TRANSPORT_RESET: u32 = 0;
+const BROKEN: &str = "the guest broke its vsock device; restart the machine";
 
 pub(super) struct VsockDevice {
     guest_cid: u64,
@@ -51,6 +52,8 @@ pub(super) struct VsockDevice {
     table: Table,
     resets: VecDeque<Header>,
     agent_rang: bool,
+    /// Until the driver resets the device.
+    broken: bool,
     tx_waits: bool,
     owes_transport_reset: bool,
     bytes: Box<[u8]>,
@@ -65,6 +68,7 @@ impl VsockDevice {
             inbox,
             resets: VecDeque::new(),
             agent_rang: false,
+            broken: false,
             tx_waits: false,
             owes_transport_reset: false,
             bytes: vec![0; MOST_PAYLOAD].into_boxed_slice(),
@@ -184,7 +188,7 @@ impl VsockDevice {
             && header.kind == STREAM
             && header.target_cid == HOST_CID
             && header.target_port == AGENT_PORT;
-        if rings {
+        if rings && !self.agent_rang {
             self.agent_rang = true;
             self.inbox.events.send(VsockEvent::AgentRang);
             let ports: Vec<u32> = self.table.links.keys().copied().collect();
@@ -416,6 +420,10 @@ impl Device for VsockDevice {
         match u32::try_from(token.saturating_sub(DEVICE_TOKENS)) {
             Ok(0) | Err(_) => {
                 for wanted in self.inbox.take() {
+                    if self.broken {
+                        self.inbox.refuse(wanted.ticket, BROKEN);
+                        continue;
+                    }
                     let evicted = self.table.add(wanted, self.agent_rang);
                     if let Some((host_port, guest_port)) = evicted
                         && self.resets.len() < MOST_RESETS
@@ -442,15 +450,14 @@ impl Device for VsockDevice {
     fn stop(&mut self, reset: bool) {
         if reset {
             self.agent_rang = false;
+            self.broken = false;
             self.forget_connections(true, "the guest reset its vsock device; try again");
         }
     }
 
     fn broke(&mut self) {
-        self.forget_connections(
-            false,
-            "the guest broke its vsock device; restart the machine",
-        );
+        self.broken = true;
+        self.forget_connections(false, BROKEN);
     }
 
     fn finish(&mut self) {
