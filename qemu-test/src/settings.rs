@@ -10,12 +10,21 @@ use crate::cpio::{Archive, CpioError, pad};
 pub(crate) struct Options {
     /// Seconds a VM has to come up.
     pub(crate) boot_deadline_s: u32,
+    /// VMs get a first root that says [`STUCK`] and never comes up.
+    pub(crate) stuck_guest: bool,
 }
+
+/// What a guest that never comes up says on its console.
+pub(crate) const STUCK: &str = "this guest is stuck on purpose";
+
+/// Where the first root of such a guest lies in the appliance.
+const STUCK_INITRAMFS: &str = "debug/stuck.cpio";
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             boot_deadline_s: 180,
+            stuck_guest: false,
         }
     }
 }
@@ -24,7 +33,14 @@ impl Default for Options {
 struct Settings {
     tokens: [Token; 2],
     boot: Boot,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest: Option<Guest>,
     debug: Debug,
+}
+
+#[derive(Serialize)]
+struct Guest {
+    initramfs: String,
 }
 
 #[derive(Serialize)]
@@ -73,6 +89,9 @@ pub(crate) fn settings(
         boot: Boot {
             deadline_s: options.boot_deadline_s,
         },
+        guest: options.stuck_guest.then(|| Guest {
+            initramfs: format!("/{STUCK_INITRAMFS}"),
+        }),
         debug: Debug {
             shell: ["/debug/bin/sh", "-i"],
             tty: "ttyS1",
@@ -95,9 +114,22 @@ pub(crate) fn initramfs(
     for applet in APPLETS {
         archive.symlink(&format!("debug/bin/{applet}"), "../busybox")?;
     }
+    archive.file(STUCK_INITRAMFS, 0o644, &stuck(busybox)?)?;
     pad(&mut image);
     image.extend_from_slice(&archive.finish()?);
     Ok(image)
+}
+
+/// A guest's first root whose PID 1 sleeps for ever.
+fn stuck(busybox: &[u8]) -> Result<Vec<u8>, CpioError> {
+    let script = format!(
+        "#!/busybox sh\n/busybox mount -t devtmpfs dev /dev\necho {STUCK} > /dev/console\nexec /busybox sleep 1000000\n"
+    );
+    let mut archive = Archive::new();
+    archive.directory("dev")?;
+    archive.file("busybox", 0o755, busybox)?;
+    archive.file("init", 0o755, script.as_bytes())?;
+    archive.finish()
 }
 
 #[cfg(test)]

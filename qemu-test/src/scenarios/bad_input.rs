@@ -4,7 +4,7 @@
 use client::{ClientError, Command};
 use protocol::frame::{Header, MAX_BODY};
 use protocol::process::ProcessEnd;
-use protocol::vm::{GetVm, VmInfo, VmRef};
+use protocol::vm::{GetVm, OpenVm, VmInfo, VmRef};
 use protocol::{ErrorCode, Kind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -226,16 +226,32 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
         .client
         .limits()
         .ok_or_else(|| Failure::new("no limits in HelloOk"))?;
+    let made = context.create().await?;
     let wire = Wire::let_in(&context.appliance).await?;
+    // Yamux lets a client have 256 streams that were never answered; with these, which were, it
+    // gets over the appliance's own limit.
+    let mut answered = Vec::new();
+    for _ in 0..8 {
+        let mut stream = wire.stream().await?;
+        let vm = vm::reference(&made);
+        stream.send(&OpenVm { vm }).await?;
+        let opened = stream.frame().await?;
+        ensure(
+            opened
+                .as_ref()
+                .is_some_and(|frame| frame.kind == Kind::OPENED),
+            || format!("not opened: {opened:?}"),
+        )?;
+        answered.push(stream);
+    }
     let mut streams = Vec::new();
     let header = Header {
         length: 100,
         kind: Kind::GET_VM,
         flags: 0,
     };
-    // Open, and waiting for the rest of their first frame. With the first stream, that of `Hello`,
-    // they are one too many; yamux itself lets a client have no more that were never answered.
-    for _ in 0..limits.max_streams {
+    // Open, and waiting for the rest of their first frame.
+    for _ in answered.len()..limits.max_streams as usize + 1 {
         let mut stream = wire.stream().await?;
         stream.send_bytes(&header.to_bytes()).await?;
         streams.push(stream);
@@ -253,7 +269,10 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
         let error = first.error().await?;
         ensure(error.code == ErrorCode::Malformed, || format!("{error:?}"))?;
     }
-    unharmed(context).await
+    drop((answered, streams, wire));
+    still_runs(context, &made).await?;
+    unharmed(context).await?;
+    context.delete(&made).await
 }
 
 pub(crate) async fn a_client_that_vanishes_in_mid_frame_harms_nobody(

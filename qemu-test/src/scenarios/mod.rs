@@ -42,6 +42,13 @@ pub(crate) type Play<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + 'a
 
 const DEFAULT: Options = Options {
     boot_deadline_s: 180,
+    stuck_guest: false,
+};
+
+/// Its VMs never come up.
+const STUCK: Options = Options {
+    boot_deadline_s: 15,
+    stuck_guest: true,
 };
 
 macro_rules! scenarios {
@@ -81,7 +88,7 @@ scenarios! {
     output::three_hundred_megabytes_on_both_outputs_leave_memory_flat, 600, DEFAULT;
     host::vms_and_their_files_outlive_a_reboot_of_the_host, 420, DEFAULT;
     host::an_acknowledged_create_survives_a_power_cut, 420, DEFAULT;
-    boot_deadline::a_vm_that_does_not_come_up_leaves_nothing_behind, 240, Options { boot_deadline_s: 1 };
+    boot_deadline::a_vm_that_does_not_come_up_leaves_nothing_behind, 240, STUCK;
 }
 
 /// What a scenario works with.

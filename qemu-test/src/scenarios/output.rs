@@ -39,7 +39,14 @@ pub(crate) async fn three_hundred_megabytes_on_both_outputs_leave_memory_flat(
         };
         tokio::pin!(look);
         tokio::select! {
-            done = &mut flood => break done?,
+            done = &mut flood => match done {
+                Ok(done) => break done,
+                Err(failure) => {
+                    // Whether the machine ended, and how, says more than the broken stream.
+                    let info = context.client.get(vm::reference(&flooding)).await?;
+                    return Err(Failure::new(format!("{failure}; {info:?}")));
+                }
+            },
             looked = &mut look => {
                 let (trip, now) = looked?;
                 busy.push(trip);
