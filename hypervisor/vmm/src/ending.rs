@@ -11,6 +11,7 @@
     )
 )]
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,6 +108,15 @@ pub fn teller() -> io::Result<(Teller, Told)> {
         event: Arc::clone(&event),
     };
     Ok((teller, Told { receiver, event }))
+}
+
+/// What a caught panic said.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("a panic without a message").to_owned()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Barrier};
 
 use kvm_bindings::{KvmIrqRouting, kvm_irq_routing_entry};
@@ -18,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console_log::ConsoleLog;
 use crate::control::{Control, Next};
 use crate::descriptors::Descriptors;
-use crate::ending::{Cause, Told, teller};
+use crate::ending::{Cause, Told, panic_message, teller};
 use crate::model::{self, MachineModel};
 use crate::platform::Platform;
 use crate::serial::Console;
@@ -225,8 +226,15 @@ impl Machine {
         let cause = match &confined {
             Ok(()) => {
                 gate.wait();
-                serve(&epoll, &mut control, &vsock_events, &told, &log)
-                    .unwrap_or_else(|error| Cause::Failed(format!("waiting for events: {error}")))
+                let serving = || serve(&epoll, &mut control, &vsock_events, &told, &log);
+                // Whatever happens here, the disk is synced and the end has a reason.
+                match catch_unwind(AssertUnwindSafe(serving)) {
+                    Ok(Ok(cause)) => cause,
+                    Ok(Err(error)) => Cause::Failed(format!("waiting for events: {error}")),
+                    Err(panic) => {
+                        Cause::Failed(format!("the monitor panicked: {}", panic_message(&*panic)))
+                    }
+                }
             }
             Err(error) => {
                 // The vCPUs still wait and never run; the process ends with them.

@@ -115,7 +115,9 @@ impl Platform {
     pub fn complaints(&self) -> Vec<String> {
         self.virtio
             .iter()
-            .filter_map(|(_, device)| Some(format!("{}: {}", device.kind(), device.last_refusal()?)))
+            .filter_map(|(_, device)| {
+                Some(format!("{}: {}", device.kind(), device.last_refusal()?))
+            })
             .collect()
     }
 

@@ -12,7 +12,6 @@
     )
 )]
 
-use std::any::Any;
 use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,7 +24,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::console_log::ConsoleLog;
-use crate::ending::{Cause, Teller};
+use crate::ending::{Cause, Teller, panic_message};
 use crate::platform::Platform;
 use crate::seccomp;
 
@@ -102,7 +101,8 @@ impl Vcpus {
                     }));
                     RETURN.set(ptr::null_mut());
                     let cause = end.unwrap_or_else(|panic| {
-                        Some(Cause::Failed(format!("vCPU {number}: {}", what(&*panic))))
+                        let message = panic_message(&*panic);
+                        Some(Cause::Failed(format!("vCPU {number} panicked: {message}")))
                     });
                     if let Some(cause) = cause {
                         teller.tell(cause);
@@ -129,14 +129,6 @@ impl Vcpus {
             let _ = thread.handle.join();
         }
     }
-}
-
-fn what(panic: &(dyn Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!("panicked: {}", text.unwrap_or("for an unknown reason"))
 }
 
 /// Runs the guest until the machine is stopped (none) or ends.

@@ -13,7 +13,6 @@
     )
 )]
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -29,6 +28,7 @@ use super::fault::{Broken, DeviceKind};
 use super::interrupt::Interrupt;
 use super::ring::Ring;
 use super::transport::DeviceState;
+use crate::ending::panic_message;
 
 /// Token of the transport's requests. Queues have the tokens of their indexes.
 const CONTROL: u64 = 1 << 63;
@@ -386,14 +386,6 @@ impl Thread {
             });
         }
     }
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|s| (*s).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned())
 }
 
 #[cfg(test)]
