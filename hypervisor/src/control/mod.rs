@@ -179,6 +179,16 @@ async fn serve(
     }
 }
 
+/// A defect that is yet to be found: a test's label says where it strikes.
+#[cfg(test)]
+fn injected_panic(labels: &[(String, String)], place: &str) {
+    let strikes = |(key, value): &(String, String)| key == "panic" && value == place;
+    assert!(!labels.iter().any(strikes), "injected panic");
+}
+
+#[cfg(not(test))]
+fn injected_panic(_labels: &[(String, String)], _place: &str) {}
+
 /// A Unix socket's path has at most 107 bytes.
 fn check_length(sockets: &std::path::Path) -> Result<(), ControlError> {
     let path = sockets.join("vm-00000000.sock");

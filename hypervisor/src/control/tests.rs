@@ -2,6 +2,7 @@
 //! stand-ins: the supervisor, proxy, and monitors whose guests follow a script.
 
 mod lifecycle;
+mod panics;
 mod refusals;
 mod restarts;
 mod world;

@@ -80,7 +80,11 @@ pub fn run() -> ! {
 }
 
 fn fail(error: &str) -> Outcome {
-    tracing::error!(error, restart_in_s = READ_WITHIN.as_secs(), "init cannot go on");
+    tracing::error!(
+        error,
+        restart_in_s = READ_WITHIN.as_secs(),
+        "init cannot go on"
+    );
     std::thread::sleep(READ_WITHIN);
     Outcome::Restart
 }

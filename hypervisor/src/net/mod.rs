@@ -56,7 +56,9 @@ fn log(lease: &Lease) {
         return;
     };
     let address = format!("{}/{prefix}", Ipv4Addr::from(address));
-    let gateway = lease.gateway.map(|gateway| Ipv4Addr::from(gateway).to_string());
+    let gateway = lease
+        .gateway
+        .map(|gateway| Ipv4Addr::from(gateway).to_string());
     tracing::info!(interface, address, gateway, "lease");
 }
 

@@ -16,7 +16,7 @@ use super::{Store, StoreError};
 pub(crate) const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Most deleted VMs that are remembered; the oldest go first.
-const MOST: usize = 10_000;
+pub(crate) const MOST_DELETED: usize = 10_000;
 
 /// The create of a VM that was deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,7 +100,7 @@ impl Store {
             }
         }
         found.sort_by_key(|deleted| std::cmp::Reverse(deleted.deleted_at));
-        for deleted in found.drain(MOST.min(found.len())..) {
+        for deleted in found.drain(MOST_DELETED.min(found.len())..) {
             self.forget_deleted(&deleted.id);
         }
         fsync_dir(&directory)?;

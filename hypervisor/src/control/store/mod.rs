@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 
 use protocol::id::VmId;
 
+pub(crate) use disk::Copied;
+
 pub(crate) use atomic::{fsync_dir, read_if_there, write_replacing};
 use record::{RecordError, VmRecord};
 use templates::TemplateError;
@@ -73,6 +75,16 @@ impl StoreError {
                 cause,
             },
         }
+    }
+}
+
+/// Whether an error tells of what is on the disk. A disk or system that fails for the moment is no
+/// reason to move a VM.
+fn is_damage(error: &StoreError) -> bool {
+    match error {
+        StoreError::Record(error) => !matches!(error, RecordError::Newer { .. }),
+        StoreError::Io { cause, .. } => cause.kind() == io::ErrorKind::NotFound,
+        _ => false,
     }
 }
 
@@ -162,7 +174,7 @@ impl Store {
     }
 
     /// Reads every VM's record. A damaged VM is moved to `broken/`; one that a newer supvm wrote
-    /// stays where it is. Neither stops the others.
+    /// or that cannot be read just now stays where it is. Neither stops the others.
     pub(crate) fn load(&self) -> Result<Found, StoreError> {
         let mut found = Found::default();
         let vms = self.vms();
@@ -172,7 +184,7 @@ impl Store {
             match self.load_one(&name, &entry.path()) {
                 Ok(record) => found.records.push(record),
                 Err(error) => {
-                    if !matches!(error, StoreError::Record(RecordError::Newer { .. })) {
+                    if is_damage(&error) {
                         self.set_aside(&name)?;
                     }
                     found.broken.push((name, error));

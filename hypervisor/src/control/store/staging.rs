@@ -83,6 +83,15 @@ impl Store {
         Ok(())
     }
 
+    /// Removes whatever a create that failed left of a VM, wherever it got to.
+    pub(crate) fn clear_vm(&self, id: &VmId) -> Result<(), StoreError> {
+        remove_all(&self.staging().join(format!("new-{id}")));
+        match self.vm(id).exists() {
+            true => self.remove_vm(id),
+            false => Ok(()),
+        }
+    }
+
     /// Makes a directory of `templates/` by one rename. `fill` writes and syncs its files.
     pub(crate) fn make_template(
         &self,

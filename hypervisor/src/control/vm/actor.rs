@@ -2,8 +2,8 @@
 //! next one. The record on disk is written before the world is told.
 
 use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -14,11 +14,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
 use super::super::capacity::Reservation;
+use super::super::injected_panic;
 use super::super::registry::Registry;
 use super::super::store::record::{RunState, VmRecord};
 use super::super::supervisor_client::{Ended, Exit, wait_end};
 use super::boot;
-use super::ending::{Asked, KILL, describe, forget_run};
+use super::ending::{Asked, KILL, describe, forget_run, give_up_run};
 use super::open::open;
 use super::starting::{Boot, Waiter};
 use super::stop::{Inbox, StopWaiters, stop};
@@ -85,10 +86,7 @@ impl Vm {
             owner: record.owner.clone(),
             commands,
             view: seen,
-            failed: Arc::default(),
         };
-        let id = record.id.clone();
-        let failed = handle.failed.clone();
         let vm = Self {
             host,
             registry,
@@ -96,17 +94,54 @@ impl Vm {
             view,
             resets: VecDeque::new(),
         };
-        tokio::spawn(async move {
-            let run = std::panic::AssertUnwindSafe(vm.run(Inbox::new(receiver), beginning));
-            if run.catch_unwind().await.is_err() {
-                failed.store(true, Ordering::Relaxed);
-                tracing::error!(vm = %id, "the task of this VM panicked; it can be used again after a restart of control");
-            }
-        });
+        tokio::spawn(vm.live(Inbox::new(receiver), beginning));
         handle
     }
 
-    async fn run(mut self, mut inbox: Inbox, beginning: Beginning) {
+    /// Runs until the VM is no more. A panic costs what was under way, not the VM.
+    async fn live(mut self, mut inbox: Inbox, mut beginning: Beginning) {
+        loop {
+            let run = AssertUnwindSafe(self.run(&mut inbox, beginning));
+            if run.catch_unwind().await.is_ok() {
+                return;
+            }
+            tracing::error!(vm = %self.record.id, "the task of this VM panicked; the VM is ended");
+            match AssertUnwindSafe(self.after_panic()).catch_unwind().await {
+                Ok(true) => beginning = Beginning::Off,
+                Ok(false) => return,
+                Err(_) => {
+                    tracing::error!(vm = %self.record.id, "it panicked again; the VM waits for a restart of control");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Ends what may run and writes that down; a VM whose create was never answered is undone. Says
+    /// whether the VM is still there.
+    async fn after_panic(&mut self) -> bool {
+        let run = self.current_run();
+        if self.record.run != RunState::Off {
+            let mut ended = self.host.supervisor.ended(&run);
+            give_up_run(&self.host, &run, &mut ended).await;
+        }
+        if !self.record.acknowledged {
+            self.undo_create().await;
+            return false;
+        }
+        self.record.run = RunState::Off;
+        self.record.end_reason = EndReason::MonitorFailed;
+        self.record.end_message =
+            "the appliance failed while it served this VM and ended it; its log says more, and \
+             the VM can be started again"
+                .into();
+        // Said already if it cannot be saved.
+        let _ = self.save().await;
+        self.show(VmState::Stopped);
+        true
+    }
+
+    async fn run(&mut self, inbox: &mut Inbox, beginning: Beginning) {
         let mut phase = match beginning {
             Beginning::Create { memory, reply } => Phase::Boot(Boot {
                 memory: Some(memory),
@@ -119,11 +154,11 @@ impl Vm {
         };
         loop {
             phase = match phase {
-                Phase::Off => self.off(&mut inbox).await,
-                Phase::Boot(boot) => self.boot(&mut inbox, boot).await,
-                Phase::Up(machine) => self.up(&mut inbox, machine).await,
+                Phase::Off => self.off(inbox).await,
+                Phase::Boot(boot) => self.boot(inbox, boot).await,
+                Phase::Up(machine) => self.up(inbox, machine).await,
                 Phase::Down(machine, waiters, deadline) => {
-                    self.down(&mut inbox, machine, waiters, deadline).await
+                    self.down(inbox, machine, waiters, deadline).await
                 }
                 Phase::Gone => return,
             };
@@ -210,7 +245,10 @@ impl Vm {
             match command {
                 None => return Phase::Gone,
                 Some(Command::Start(reply)) => drop(reply.send(Ok(self.view.borrow().clone()))),
-                Some(Command::Open(reply)) => open(&machine, reply),
+                Some(Command::Open(reply)) => {
+                    injected_panic(&self.record.labels, "open");
+                    open(&machine, reply);
+                }
                 Some(command) => {
                     let mut waiters = StopWaiters::default();
                     if let Ok(deadline) = waiters.take(command) {

@@ -80,8 +80,17 @@ pub(crate) fn describe(exit: Exit, asked: Asked) -> (EndReason, String) {
     (reason, message.into())
 }
 
-/// Ends a run that nobody wants any more and makes init forget it. Says whether it is gone.
+/// Ends a run that nobody wants any more, and its socket with it. Says whether it is gone.
 pub(crate) async fn give_up_run(host: &Arc<Host>, run: &Run, ended: &mut Ended) -> bool {
+    let gone = end_run(host, run, ended).await;
+    if gone {
+        let _ = std::fs::remove_file(host.socket(&run.vm));
+    }
+    gone
+}
+
+/// Ends a run that nobody wants any more and makes init forget it. Says whether it is gone.
+pub(crate) async fn end_run(host: &Arc<Host>, run: &Run, ended: &mut Ended) -> bool {
     if ended.borrow().is_none() {
         if let Err(error) = host.supervisor.kill(run).await {
             tracing::error!(vm = %run.vm, %error, "cannot end a monitor");
@@ -91,16 +100,20 @@ pub(crate) async fn give_up_run(host: &Arc<Host>, run: &Run, ended: &mut Ended) 
             return false;
         }
     }
-    forget_run(host, run).await;
+    forget(host, run).await;
     true
 }
 
 /// Makes init forget a run whose end is written down, and removes its socket.
 pub(crate) async fn forget_run(host: &Arc<Host>, run: &Run) {
+    forget(host, run).await;
+    let _ = std::fs::remove_file(host.socket(&run.vm));
+}
+
+async fn forget(host: &Arc<Host>, run: &Run) {
     if let Err(error) = host.supervisor.forget(run).await {
         tracing::error!(vm = %run.vm, %error, "cannot tell init to forget a run");
     }
-    let _ = std::fs::remove_file(host.socket(&run.vm));
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use protocol::{ErrorBody, ErrorCode};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use actor::{Beginning, Vm};
-pub(crate) use ending::give_up_run;
+pub(crate) use ending::{end_run, give_up_run};
 
 use super::capacity::{Capacity, Reservation};
 use super::monitor::Monitor;
@@ -125,8 +125,6 @@ pub(crate) struct VmHandle {
     pub(crate) owner: Owner,
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) view: watch::Receiver<View>,
-    /// Its task panicked.
-    failed: Arc<AtomicBool>,
 }
 
 impl VmHandle {
@@ -139,20 +137,23 @@ impl VmHandle {
         match self.commands.try_send(command(sender)) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => return Err(busy(&self.id)),
-            Err(mpsc::error::TrySendError::Closed(_)) => return Err(self.no_task()),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                return Err(not_found(self.id.as_str()));
+            }
         }
-        // A task that ended with the command unread has deleted its VM.
-        receiver.await.unwrap_or_else(|_| Err(self.no_task()))
+        receiver.await.unwrap_or_else(|_| Err(self.unanswered()))
     }
 
-    fn no_task(&self) -> ErrorBody {
-        if self.failed.load(Ordering::Relaxed) {
-            return internal(format!(
-                "the task of {} failed; it can be used again when the appliance's control was restarted",
-                self.id
-            ));
+    /// A task that ended with the command unread has deleted its VM; one that goes on has panicked.
+    fn unanswered(&self) -> ErrorBody {
+        if self.commands.is_closed() {
+            return not_found(self.id.as_str());
         }
-        not_found(self.id.as_str())
+        internal(format!(
+            "this request failed inside the appliance, whose log says more; {} was ended and can \
+             be started again",
+            self.id
+        ))
     }
 }
 

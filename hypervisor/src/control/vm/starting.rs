@@ -9,6 +9,7 @@ use protocol::vm::{EndReason, VmState};
 use protocol::{ErrorBody, ErrorCode};
 
 use super::super::capacity::Reservation;
+use super::super::injected_panic;
 use super::super::monitor::Monitor;
 use super::super::store::record::RunState;
 use super::super::supervisor_client::{Ended, Exit, SupervisorError};
@@ -35,6 +36,16 @@ pub(super) struct Boot {
 pub(super) enum Waiter {
     Start(Reply<View>),
     Open(Reply<OpenedStream>),
+}
+
+impl Waiter {
+    /// Nobody waits there any more.
+    fn has_gone(&self) -> bool {
+        match self {
+            Self::Start(reply) => reply.is_closed(),
+            Self::Open(reply) => reply.is_closed(),
+        }
+    }
 }
 
 impl Boot {
@@ -75,6 +86,7 @@ impl Vm {
                 (run, ended)
             }
         };
+        injected_panic(&self.record.labels, "boot");
         let outcome = {
             let ready = boot::make_ready(
                 self.host.clone(),
@@ -106,6 +118,9 @@ impl Vm {
                     }
                     Some(command) => break BootOutcome::Interrupted(command),
                 };
+                if boot.waiters.len() >= MAX_WAITERS {
+                    boot.waiters.retain(|waiter| !waiter.has_gone());
+                }
                 if boot.waiters.len() < MAX_WAITERS {
                     boot.waiters.push(waiter);
                 } else {
@@ -283,7 +298,7 @@ impl Vm {
     }
 
     /// Removes every trace of a VM whose create failed.
-    async fn undo_create(&self) {
+    pub(super) async fn undo_create(&self) {
         let id = self.record.id.clone();
         let removed = self
             .host
