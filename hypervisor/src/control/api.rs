@@ -2,6 +2,7 @@
 //! proxy that dies is connected to again; requests whose client has gone are no longer waited for.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +15,8 @@ use proxy::channel::Channel;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::keys::{Authority, KeyError, LEAF_RENEWAL, host_addresses};
+use super::addresses::{AddressNews, host_addresses};
+use super::keys::{Authority, KeyError, LEAF_RENEWAL};
 use super::requests::{Answer, Requests};
 use super::vm::internal;
 
@@ -39,6 +41,8 @@ enum LineError {
     Channel(#[from] ChannelError),
     #[error(transparent)]
     Key(#[from] KeyError),
+    #[error("cannot follow the host's addresses: {0}")]
+    Addresses(std::io::Error),
 }
 
 /// Requests being answered, by proxy's ticket.
@@ -71,14 +75,27 @@ impl Api {
         let channel = Arc::new(Channel::connect(&self.socket).map_err(LineError::Connect)?);
         let tasks = Tasks::default();
         let _abort = AbortAll(tasks.clone());
-        self.serve(&channel).await?;
+        let news = AddressNews::listen().map_err(LineError::Addresses)?;
+        let mut addresses = host_addresses();
+        self.serve(&channel, &addresses).await?;
         let mut renewal = Instant::now() + LEAF_RENEWAL;
         loop {
             let packet = tokio::select! {
                 packet = channel.receive() => packet?,
                 () = sleep_until(renewal) => {
-                    self.serve(&channel).await?;
+                    self.serve(&channel, &addresses).await?;
                     renewal = Instant::now() + LEAF_RENEWAL;
+                    continue;
+                }
+                heard = news.wait() => {
+                    heard.map_err(LineError::Addresses)?;
+                    let now = host_addresses();
+                    if now != addresses {
+                        // A client that comes by an address finds it in the certificate.
+                        tracing::info!(addresses = now.len(), "addresses changed; a new certificate");
+                        addresses = now;
+                        self.serve(&channel, &addresses).await?;
+                    }
                     continue;
                 }
             };
@@ -91,9 +108,9 @@ impl Api {
         }
     }
 
-    async fn serve(&self, channel: &Channel) -> Result<(), LineError> {
+    async fn serve(&self, channel: &Channel, addresses: &[IpAddr]) -> Result<(), LineError> {
         let settings = &self.requests.host.settings;
-        let leaf = self.authority.leaf(&settings.domain, &host_addresses())?;
+        let leaf = self.authority.leaf(&settings.domain, addresses)?;
         let address = settings.api.listen;
         let serve = Serve {
             api_address: address.map_or_else(String::new, |address| address.to_string()),

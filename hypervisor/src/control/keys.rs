@@ -158,24 +158,6 @@ fn expiry(life: Duration) -> SystemTime {
     SystemTime::now().max(beginning()) + life
 }
 
-/// The addresses of this host's interfaces, loopback aside.
-pub(crate) fn host_addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            if let Some(v4) = address.as_sockaddr_in() {
-                return Some(IpAddr::from(v4.ip()));
-            }
-            address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip()))
-        })
-        .filter(|address| !address.is_loopback())
-        .take(32)
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;

@@ -2,6 +2,7 @@
 //! acknowledged is on disk, monitors and streams live on without it, and the next one picks them up.
 //! It never talks to the network; proxy does, and hands it requests.
 
+mod addresses;
 mod agent_client;
 mod api;
 mod capacity;

@@ -143,13 +143,13 @@ async fn a_run_that_no_vm_has_is_ended() {
 async fn a_new_proxy_is_served_and_the_authority_stays_the_same() {
     let mut world = World::new().await;
     let made = world.create(&create(1)).await.unwrap();
-    let before = world.api().serve.clone();
+    let before = world.api().serve.borrow().clone();
     assert_eq!(before.api_address, "[::]:7443");
     world.proxy = None;
     world.accept().await;
     assert_eq!(world.list().await[0].id, made.id);
     world.restart().await;
-    let after = &world.api().serve;
+    let after = world.api().serve.borrow().clone();
     assert_eq!(after.certificates[1], before.certificates[1]);
     assert_ne!(after.certificates[0], before.certificates[0]);
 }
@@ -160,4 +160,34 @@ async fn a_supervisor_that_goes_ends_control() {
     world.supervisor.hang_up();
     let error = world.ended().await.unwrap_err();
     assert!(error.to_string().contains("supervisor has gone"), "{error}");
+}
+
+/// One thread, so that control's threads are started in the test's network namespace.
+#[tokio::test]
+async fn an_address_that_comes_later_is_named_by_the_next_certificate() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "run this test as root: it makes a network namespace"
+    );
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let world = World::new().await;
+    let mut serve = world.api().serve.clone();
+    // The address in a certificate: its tag, its length, itself.
+    let names = |serve: &protocol::host::proxy::Serve| {
+        let leaf = serve.certificates.first().unwrap();
+        leaf.windows(6).any(|bytes| bytes == [0x87, 4, 10, 9, 8, 7])
+    };
+    assert!(!names(&serve.borrow()));
+    for arguments in [
+        "link add later type dummy",
+        "addr add 10.9.8.7/24 dev later",
+    ] {
+        let mut ip = std::process::Command::new("ip");
+        let done = ip.args(arguments.split_ascii_whitespace()).status();
+        assert!(done.unwrap().success(), "ip {arguments}");
+    }
+    tokio::time::timeout(HANG, serve.wait_for(names))
+        .await
+        .expect("no new certificate")
+        .unwrap();
 }

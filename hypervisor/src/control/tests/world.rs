@@ -305,7 +305,7 @@ fn listening(path: &std::path::Path) -> ChannelListener {
 pub(super) struct Proxy {
     channel: Arc<Channel>,
     waiting: Arc<Mutex<Waiting>>,
-    pub(super) serve: Serve,
+    pub(super) serve: tokio::sync::watch::Receiver<Serve>,
     reader: AbortHandle,
 }
 
@@ -333,10 +333,15 @@ impl Proxy {
             message: String::new(),
         };
         channel.send(&serving, &[]).await.unwrap();
+        let (told, serve) = tokio::sync::watch::channel(serve);
         let waiting = Arc::<Mutex<Waiting>>::default();
         let (from, to) = (channel.clone(), waiting.clone());
         let reader = tokio::spawn(async move {
             while let Ok(Some(mut packet)) = from.receive().await {
+                if packet.frame.kind == Serve::KIND {
+                    told.send_replace(decode(&packet.frame).unwrap());
+                    continue;
+                }
                 let reply: ApiReply = decode(&packet.frame).unwrap();
                 let waiter = to.lock().unwrap().tickets.remove(&reply.ticket);
                 let _ = waiter.unwrap().send((reply, packet.descriptors.pop()));
