@@ -179,7 +179,7 @@ async fn an_address_that_comes_later_is_named_by_the_next_certificate() {
     };
     assert!(!names(&serve.borrow()));
     for arguments in [
-        "link add later type dummy",
+        "link add later type veth peer name other",
         "addr add 10.9.8.7/24 dev later",
     ] {
         let mut ip = std::process::Command::new("ip");
