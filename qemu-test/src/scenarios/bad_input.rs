@@ -3,11 +3,13 @@
 
 use client::{ClientError, Command};
 use protocol::frame::{Header, MAX_BODY};
-use protocol::process::ProcessEnd;
+use protocol::id::ProcessId;
+use protocol::process::{CommandMode, ProcessEnd, StartProcess, StdinMode};
 use protocol::vm::{GetVm, OpenVm, VmInfo, VmRef};
 use protocol::{ErrorCode, Kind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::wire::{self, Wire};
@@ -251,25 +253,45 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
         flags: 0,
     };
     // Open, and waiting for the rest of their first frame.
-    for _ in answered.len()..limits.max_streams as usize + 1 {
+    for _ in answered.len()..limits.max_streams as usize + 4 {
         let mut stream = wire.stream().await?;
         stream.send_bytes(&header.to_bytes()).await?;
         streams.push(stream);
     }
-    let mut last = streams
-        .pop()
-        .ok_or_else(|| Failure::new("the limit is no stream at all"))?;
-    let error = last.error().await?;
+    // Which of them are refused is the appliance's choice; the first answer is such a refusal.
+    let mut answers = JoinSet::new();
+    for mut stream in streams {
+        answers.spawn(async move { stream.error().await });
+    }
+    let error = answers
+        .join_next()
+        .await
+        .ok_or_else(|| Failure::new("no stream was opened"))???;
     ensure(error.code == ErrorCode::TooManyStreams, || {
         format!("{error:?}")
     })?;
-    // One of those within the limit is still served.
-    if let Some(first) = streams.first_mut() {
-        first.send_bytes(&[0; 100]).await?;
-        let error = first.error().await?;
-        ensure(error.code == ErrorCode::Malformed, || format!("{error:?}"))?;
+    // A stream from before, into the VM, still works.
+    let mut into_vm = answered
+        .pop()
+        .ok_or_else(|| Failure::new("no stream into the VM"))?;
+    let start = StartProcess {
+        id: ProcessId([7; 16]),
+        mode: CommandMode::Shell,
+        command: vec![b"true".to_vec()],
+        cwd: Vec::new(),
+        env: Vec::new(),
+        stdin: StdinMode::Null,
+    };
+    into_vm.send(&start).await?;
+    loop {
+        let frame = into_vm.frame().await?;
+        let frame = frame.ok_or_else(|| Failure::new("the stream into the VM has ended"))?;
+        if frame.kind == Kind::PROCESS_ENDED {
+            break;
+        }
     }
-    drop((answered, streams, wire));
+    answers.shutdown().await;
+    drop((answered, into_vm, wire));
     still_runs(context, &made).await?;
     unharmed(context).await?;
     context.delete(&made).await
