@@ -59,6 +59,12 @@ impl Client {
         Ok(Self { connection })
     }
 
+    /// Ends the connection with a goodbye, for every clone, whatever is still under way on it. A
+    /// client that is merely dropped says goodbye as well, if its runtime lives long enough.
+    pub async fn close(self) {
+        self.connection.close().await;
+    }
+
     /// What the appliance allows on this connection.
     pub fn limits(&self) -> Option<&Limits> {
         self.connection.limits()

@@ -40,10 +40,26 @@ pub(crate) struct Place {
     _connection: Arc<Connection>,
 }
 
+/// What the driver is asked for.
+#[derive(Debug)]
+enum Wanted {
+    Stream(oneshot::Sender<yamux::Stream>),
+    /// The end of the connection, and word of it.
+    Close(oneshot::Sender<()>),
+}
+
+/// How a connection ended.
+enum End {
+    /// The peer or the way there ended it.
+    Broken(String),
+    /// We did; somebody may wait for it.
+    Ours(Option<oneshot::Sender<()>>),
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    open: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    open: mpsc::Sender<Wanted>,
     seats: Arc<Semaphore>,
     limits: OnceLock<Limits>,
     /// Why it ended.
@@ -114,7 +130,8 @@ impl Connection {
             .await
             .map_err(|_| self.lost())?;
         let (reply, stream) = oneshot::channel();
-        self.open.send(reply).await.map_err(|_| self.lost())?;
+        let wanted = Wanted::Stream(reply);
+        self.open.send(wanted).await.map_err(|_| self.lost())?;
         let stream = stream.await.map_err(|_| self.lost())?;
         Ok(Stream {
             io: stream.compat(),
@@ -123,6 +140,15 @@ impl Connection {
                 _connection: Arc::clone(self),
             },
         })
+    }
+
+    /// Says goodbye; whatever is still under way on the connection ends.
+    pub(crate) async fn close(&self) {
+        let (reply, closed) = oneshot::channel();
+        if self.open.send(Wanted::Close(reply)).await.is_ok() {
+            // The driver has a deadline of its own.
+            let _ = closed.await;
+        }
     }
 
     /// The error for a connection that is gone, with the reason when it is known.
@@ -143,7 +169,7 @@ impl Connection {
 /// Moves bytes until the peer ends the connection or nobody wants a stream any more.
 async fn drive(
     socket: Box<dyn Socket>,
-    mut wanted: mpsc::Receiver<oneshot::Sender<yamux::Stream>>,
+    mut wanted: mpsc::Receiver<Wanted>,
     end: Arc<OnceLock<String>>,
 ) {
     // The windows of so many streams, and no more, however the peer tunes them.
@@ -155,12 +181,16 @@ async fn drive(
     ));
     let mut connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);
     let mut asked: Option<oneshot::Sender<yamux::Stream>> = None;
+    let broken = |reason: &str| Poll::Ready(End::Broken(reason.to_owned()));
     let reason = poll_fn(|cx| {
         loop {
             if asked.is_none() {
                 match wanted.poll_recv(cx) {
-                    Poll::Ready(Some(reply)) => asked = Some(reply),
-                    Poll::Ready(None) => return Poll::Ready(None),
+                    Poll::Ready(Some(Wanted::Stream(reply))) => asked = Some(reply),
+                    Poll::Ready(Some(Wanted::Close(reply))) => {
+                        return Poll::Ready(End::Ours(Some(reply)));
+                    }
+                    Poll::Ready(None) => return Poll::Ready(End::Ours(None)),
                     Poll::Pending => {}
                 }
             }
@@ -173,27 +203,31 @@ async fn drive(
                         }
                         continue;
                     }
-                    Poll::Ready(Err(error)) => return Poll::Ready(Some(error.to_string())),
+                    Poll::Ready(Err(error)) => return broken(&error.to_string()),
                     Poll::Pending => {}
                 }
             }
             match connection.poll_next_inbound(cx) {
                 // An appliance opens no streams; one that does is reset by the drop.
                 Poll::Ready(Some(Ok(_))) => {}
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(error.to_string())),
-                Poll::Ready(None) => return Poll::Ready(Some("the appliance closed it".into())),
+                Poll::Ready(Some(Err(error))) => return broken(&error.to_string()),
+                Poll::Ready(None) => return broken("the appliance closed it"),
                 Poll::Pending => return Poll::Pending,
             }
         }
     })
     .await;
     match reason {
-        Some(reason) => {
+        End::Broken(reason) => {
             let _ = end.set(reason);
         }
-        None => {
+        End::Ours(waiting) => {
+            let _ = end.set("we closed it".into());
             let goodbye = poll_fn(|cx| connection.poll_close(cx));
             let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(());
+            }
         }
     }
 }

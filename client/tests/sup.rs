@@ -7,7 +7,7 @@ mod common;
 use std::process::{Output, Stdio};
 
 use client::protocol::vm::{CreateVm, EndReason, VmInfo, VmPage};
-use client::protocol::{ErrorBody, ErrorCode, Kind, message};
+use client::protocol::{self, ErrorBody, ErrorCode, Kind, message};
 use common::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -259,4 +259,51 @@ async fn the_ca_is_fetched_with_its_hash_apart() {
     assert!(out.starts_with("-----BEGIN CERTIFICATE-----\n"), "{out}");
     let hash = said.strip_prefix("SHA-256 ").unwrap().trim();
     assert_eq!(hash.len(), 64);
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_a_goodbye_that_tls_knows() {
+    let appliance = scripted().await;
+    let (_, pem, chain, key) = certificates();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            chain.into_iter().map(Into::into).collect(),
+            rustls::pki_types::PrivateKeyDer::Pkcs8(key.into()),
+        )
+        .unwrap();
+    config.alpn_protocols = vec![protocol::hello::ALPN.to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+    let ca = appliance.dir.path().join("other-ca.pem");
+    std::fs::write(&ca, pem).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!(
+        "https://supvm.localhost:{}",
+        listener.local_addr().unwrap().port()
+    );
+    for (arguments, expected) in [
+        (&["ls"][..], 0),
+        (&["exec", VM, "--", "exit", "5"], 5),
+        (&["rm", "vm-00000000"], 1),
+    ] {
+        let mut command = sup(&appliance, arguments);
+        command.env("SUP_ENDPOINT", &endpoint).env("SUP_CA", &ca);
+        let child = command.spawn().unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        let (mut from, mut to) = tokio::io::split(acceptor.accept(socket).await.unwrap());
+        let path = appliance.dir.path().join("api");
+        let (mut back, mut forth) = tokio::net::UnixStream::connect(path)
+            .await
+            .unwrap()
+            .into_split();
+        let answers = tokio::spawn(async move { tokio::io::copy(&mut back, &mut to).await });
+        // Without the goodbye this read fails: the end could be an attacker's.
+        tokio::io::copy(&mut from, &mut forth).await.unwrap();
+        answers.abort();
+        let (code, _, said) = told(child.wait_with_output().await.unwrap());
+        assert_eq!(code, expected, "{said}");
+    }
 }

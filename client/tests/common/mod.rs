@@ -152,7 +152,8 @@ fn seqpacket(path: &Path) -> OwnedFd {
     socket
 }
 
-fn certificates() -> (Vec<u8>, String, Vec<Vec<u8>>, Vec<u8>) {
+/// An authority, the same as PEM, the chain and the key of `supvm.localhost`.
+pub(crate) fn certificates() -> (Vec<u8>, String, Vec<Vec<u8>>, Vec<u8>) {
     let ca_key = rcgen::KeyPair::generate().unwrap();
     let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);

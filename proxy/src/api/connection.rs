@@ -136,10 +136,15 @@ fn log_broken(peer: &str, error: &ConnectionError, streams: usize) {
 /// Whether the client is simply gone, as one that was killed is, rather than against the rules.
 fn vanished(error: &ConnectionError) -> bool {
     use std::io::ErrorKind;
-    matches!(error, ConnectionError::Io(error) if matches!(
-        error.kind(),
+    let cause = match error {
+        ConnectionError::Io(cause) => cause,
+        ConnectionError::Decode(yamux::FrameDecodeError::Io(cause)) => cause,
+        _ => return false,
+    };
+    matches!(
+        cause.kind(),
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
-    ))
+    )
 }
 
 fn log_slow(peer: &str) {

@@ -56,19 +56,19 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
     match arguments.task {
         Task::Create(create) => {
             let request = create_request(create)?;
-            let client = connect(target()?).await?;
-            let vm = client
-                .create(request)
-                .await
-                .map_err(|error| Complaint::of("creating a VM", &error))?;
+            let vm = with_client(target()?, async |client| {
+                let made = client.create(request).await;
+                made.map_err(|error| Complaint::of("creating a VM", &error))
+            })
+            .await?;
             print(&format!("{}\n", vm.id))
         }
         Task::Ls { json, quiet } => {
-            let client = connect(target()?).await?;
-            let vms = client
-                .list()
-                .await
-                .map_err(|error| Complaint::of("listing VMs", &error))?;
+            let vms = with_client(target()?, async |client| {
+                let vms = client.list().await;
+                vms.map_err(|error| Complaint::of("listing VMs", &error))
+            })
+            .await?;
             print(&if json {
                 show::json_list(&vms)
             } else if quiet {
@@ -78,35 +78,34 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             })
         }
         Task::Inspect { vm } => {
-            let client = connect(target()?).await?;
-            let info = client
-                .get(vm.clone())
-                .await
-                .map_err(|error| Complaint::of(&format!("inspecting {vm}"), &error))?;
+            let info = with_client(target()?, async |client| {
+                let info = client.get(vm.clone()).await;
+                info.map_err(|error| Complaint::of(&format!("inspecting {vm}"), &error))
+            })
+            .await?;
             print(&show::json(&info))
         }
         Task::Stop { vm, deadline } => {
-            let client = connect(target()?).await?;
             let deadline_ms = deadline.map(|seconds| seconds.saturating_mul(1000));
-            client
-                .stop(vm.clone(), deadline_ms)
-                .await
-                .map_err(|error| Complaint::of(&format!("stopping {vm}"), &error))?;
+            with_client(target()?, async |client| {
+                let stopped = client.stop(vm.clone(), deadline_ms).await;
+                stopped.map_err(|error| Complaint::of(&format!("stopping {vm}"), &error))
+            })
+            .await?;
             Ok(0)
         }
         Task::Start { vm } => {
-            let client = connect(target()?).await?;
-            client
-                .start(vm.clone())
-                .await
-                .map_err(|error| Complaint::of(&format!("starting {vm}"), &error))?;
+            with_client(target()?, async |client| {
+                let started = client.start(vm.clone()).await;
+                started.map_err(|error| Complaint::of(&format!("starting {vm}"), &error))
+            })
+            .await?;
             Ok(0)
         }
         Task::Exec(exec) => {
-            let client = connect(target()?).await?;
-            exec::run(&client, exec).await
+            with_client(target()?, async |client| exec::run(client, exec).await).await
         }
-        Task::Rm { vms } => remove(&connect(target()?).await?, vms).await,
+        Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
         Task::Version => print(&format!(
             "sup {} (protocol generation {})\n",
             env!("CARGO_PKG_VERSION"),
@@ -123,11 +122,18 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
     }
 }
 
-async fn connect(target: Target) -> Result<Client, Complaint> {
+/// Connects, works, and says goodbye however the work went.
+async fn with_client<T>(
+    target: Target,
+    work: impl AsyncFnOnce(&Client) -> Result<T, Complaint>,
+) -> Result<T, Complaint> {
     let what = format!("connecting to {}", target.endpoint);
-    Client::connect(target.endpoint, target.token, target.trust)
+    let client = Client::connect(target.endpoint, target.token, target.trust)
         .await
-        .map_err(|error| Complaint::of(&what, &error))
+        .map_err(|error| Complaint::of(&what, &error))?;
+    let result = work(&client).await;
+    client.close().await;
+    result
 }
 
 async fn remove(client: &Client, vms: Vec<VmRef>) -> Result<u8, Complaint> {
