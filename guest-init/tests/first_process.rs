@@ -65,6 +65,29 @@ fn sigkill_takes_grandchildren_in_sessions_of_their_own() {
 }
 
 #[test]
+fn sigkill_takes_what_the_main_process_left_behind_after_its_end() {
+    let agent = Agent::start_with_cgroup();
+    let mut client = agent.connect();
+    // The child writes all the time, so that the command stays open a while after its end.
+    client.send(&shell("(while :; do echo x; sleep 0.01; done) & echo $!"));
+    let main = client.started().pid;
+    let mut text = String::new();
+    while !text.contains(|c: char| c.is_ascii_digit()) || !text.ends_with('\n') {
+        text.push_str(std::str::from_utf8(&client.frame().unwrap().body).unwrap());
+    }
+    let pid = text.lines().find(|line| *line != "x").unwrap().to_owned();
+    eventually("the main process is reaped", || {
+        !std::path::Path::new(&format!("/proc/{main}")).exists()
+    });
+    client.signal(libc::SIGKILL);
+    let output = client.output();
+    assert_eq!(output.ended.exit_code, 0, "it had ended by itself");
+    eventually("its child is gone", || {
+        !std::path::Path::new(&format!("/proc/{pid}")).exists()
+    });
+}
+
+#[test]
 fn every_command_has_a_group_and_none_outlives_its_last_process() {
     let agent = Agent::start_with_cgroup();
     let groups = || {

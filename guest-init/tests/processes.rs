@@ -131,6 +131,80 @@ fn input_that_nobody_reads_does_not_hold_up_output() {
 }
 
 #[test]
+fn a_client_that_sends_no_more_still_hears_its_process() {
+    let agent = Agent::start();
+    for size in [5, 600_000] {
+        let mut client = agent.connect();
+        // Takes its input late: with much of it, the end of the client's half is not read first.
+        let mut request = shell("sleep 0.3; wc -c");
+        request.stdin = StdinMode::Pipe;
+        client.send(&request);
+        client.started();
+        let mut writer = client.socket.try_clone().unwrap();
+        let thread = std::thread::spawn(move || {
+            use std::io::Write;
+            let mut bytes = Vec::new();
+            for piece in vec![7; size].chunks(50_000) {
+                protocol::frame::append(&mut bytes, Kind::STDIN, piece).unwrap();
+            }
+            writer.write_all(&bytes).unwrap();
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        assert_eq!(client.output().text().trim(), size.to_string());
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn the_input_of_a_process_stays_open_when_its_client_leaves() {
+    let agent = Agent::start();
+    let mark = agent.workspace().join("mark");
+    let mut client = agent.connect();
+    let mut request = shell("cat > /dev/null; touch ended");
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    let pid = client.started().pid;
+    client.send_raw(Kind::STDIN, b"one line\n");
+    drop(client);
+    // Another command is served after the leaving was noticed, and the first still waits.
+    eventually("the agent notices", || agent.descriptors() < 20);
+    agent.shell("sleep 0.2; touch mark");
+    assert!(mark.exists());
+    assert!(!agent.workspace().join("ended").exists());
+    agent.shell(&format!("kill -9 -{pid}"));
+}
+
+#[test]
+fn a_signal_that_does_not_exist_is_refused_by_name_and_harms_nothing() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.send(&shell("sleep 600"));
+    client.started();
+    for signal in [0, 65, 255] {
+        client.signal(signal);
+        assert_eq!(client.error().code, ErrorCode::InvalidArgument);
+    }
+    client.signal(libc::SIGTERM);
+    assert_eq!(client.output().ended.signal, 15);
+}
+
+#[test]
+fn a_signal_reaches_a_process_that_leaves_its_input_unread() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = argv(&["sleep", "600"]);
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    client.started();
+    // More than its pipe holds.
+    for _ in 0..4 {
+        client.send_raw(Kind::STDIN, &[1; 50_000]);
+    }
+    client.signal(libc::SIGTERM);
+    assert_eq!(client.output().ended.signal, 15);
+}
+
+#[test]
 fn input_for_a_process_that_closed_it_is_quiet() {
     let agent = Agent::start();
     let mut client = agent.connect();

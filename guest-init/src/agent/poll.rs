@@ -34,6 +34,17 @@ impl Interest {
         })
     }
 
+    /// The end of what the peer sends is of interest, though its bytes may not be.
+    pub(crate) fn and_end(mut self) -> Self {
+        self.0.events |= libc::POLLRDHUP;
+        self
+    }
+
+    /// The peer sends no more, as far as [`and_end`](Self::and_end) asked for it.
+    pub(crate) fn ended(&self) -> bool {
+        self.0.revents & libc::POLLRDHUP != 0
+    }
+
     /// Reading would give bytes, an end or an error.
     pub(crate) fn readable(&self) -> bool {
         self.0.revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0

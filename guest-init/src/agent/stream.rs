@@ -68,6 +68,15 @@ impl Stream {
         self.output.len().saturating_sub(self.sent)
     }
 
+    /// Whether the peer still takes what is sent. A vsock peer that has closed everything is no hang-up
+    /// to `poll`, so sending nothing at all is how to ask.
+    pub(crate) fn is_heard(&self) -> bool {
+        !matches!(
+            socket::send(self.socket.as_raw_fd(), &[], MsgFlags::MSG_NOSIGNAL),
+            Err(Errno::EPIPE | Errno::ENOTCONN | Errno::ECONNRESET)
+        )
+    }
+
     /// Reads once and appends the frames that became complete.
     pub(crate) fn read(&mut self, frames: &mut Vec<Frame>) -> Result<Input, StreamError> {
         let mut buffer = [0; READ];
@@ -169,5 +178,37 @@ fn write_some(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, StreamError
             Err(Errno::EAGAIN) => return Ok(0),
             other => return other.map_err(StreamError::Gone),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::Shutdown as Half;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_has_gone_is_told_from_one_that_only_says_no_more() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let stream = Stream::new(ours.into());
+        assert!(stream.is_heard());
+        theirs.shutdown(Half::Write).unwrap();
+        assert!(stream.is_heard());
+        assert!(theirs.write_all(b"x").is_err());
+        drop(theirs);
+        assert!(!stream.is_heard());
+    }
+
+    #[test]
+    fn a_full_connection_is_still_heard() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut stream = Stream::new(ours.into());
+        stream.send(&vec![0; 4 << 20]).unwrap();
+        assert!(stream.pending() > 0);
+        assert!(stream.is_heard());
     }
 }

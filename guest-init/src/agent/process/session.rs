@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use protocol::frame::{self, HEADER_LEN, Kind, MAX_DATA};
 use protocol::message::decode_body;
 use protocol::process::SignalProcess;
-use protocol::{ErrorBody, Frame};
+use protocol::{ErrorBody, ErrorCode, Frame};
 
 use super::{Running, ending};
 use crate::agent::poll::{self, Interest};
@@ -38,6 +38,29 @@ pub(crate) struct Session<'a> {
     stream: Stream,
     /// Header and data of one output frame.
     chunk: Vec<u8>,
+    turn: Turn,
+}
+
+/// Which output comes first when both have something. Usually standard output; but a client that
+/// takes less than one of them gives must hear the other, too.
+#[derive(Default)]
+struct Turn {
+    stderr_first: bool,
+}
+
+impl Turn {
+    fn order(&self) -> [Kind; 2] {
+        if self.stderr_first {
+            [Kind::STDERR, Kind::STDOUT]
+        } else {
+            [Kind::STDOUT, Kind::STDERR]
+        }
+    }
+
+    /// The client had no room for this one, which had something; for none of them, all had room.
+    fn left_out(&mut self, kind: Option<Kind>) {
+        self.stderr_first = kind == Some(Kind::STDERR);
+    }
 }
 
 struct Inner {
@@ -90,6 +113,7 @@ impl<'a> Session<'a> {
             agent,
             stream,
             chunk: vec![0; HEADER_LEN.saturating_add(MAX_DATA)],
+            turn: Turn::default(),
             running: Inner {
                 started: running.started(),
                 process: running.child,
@@ -145,6 +169,8 @@ impl<'a> Session<'a> {
         self.stream.queue(&self.running.started)?;
         let mut frames = early;
         let mut client_ended = false;
+        // While nothing is read from the client, its leaving is looked for once.
+        let mut end_seen = false;
         loop {
             for frame in frames.drain(..) {
                 self.take(frame)?;
@@ -159,8 +185,13 @@ impl<'a> Session<'a> {
             let listen = !client_ended
                 && self.running.stdin.waiting() < MAX_INPUT
                 && self.stream.pending() < MAX_ANSWERS;
+            let client = self.stream.interest(listen);
             let mut interests = [
-                self.stream.interest(listen),
+                if listen || client_ended || end_seen {
+                    client
+                } else {
+                    client.and_end()
+                },
                 self.running.stdout.interest(idle),
                 self.running.stderr.interest(idle),
                 self.running.stdin.interest(),
@@ -173,8 +204,9 @@ impl<'a> Session<'a> {
             if client.has_input() && listen {
                 match self.stream.read(&mut frames) {
                     Ok(_) => {}
-                    // The client may have closed its half only and still listen.
-                    Err(StreamError::Ended) if !client.hung_up() => {
+                    // The client may have closed its half only and still listen. Of one that has
+                    // gone, vsock says nothing else: its process keeps its input.
+                    Err(StreamError::Ended) if self.stream.is_heard() => {
                         client_ended = true;
                         self.running.stdin.end();
                     }
@@ -182,17 +214,33 @@ impl<'a> Session<'a> {
                 }
             } else if client.hung_up() {
                 return Err(StreamError::Gone(Errno::EPIPE));
+            } else if client.ended() {
+                end_seen = true;
+                if !self.stream.is_heard() {
+                    return Err(StreamError::Gone(Errno::EPIPE));
+                }
             }
             // Before the pipes: what is owed counts what has not been read yet.
             if ended.readable() {
                 self.running.note_exit();
             }
-            let mut moved = false;
-            if stdout.readable() {
-                moved |= self.forward(Kind::STDOUT)?;
+            let (mut moved, mut left_out) = (false, None);
+            for kind in self.turn.order() {
+                let output = if kind == Kind::STDOUT {
+                    &stdout
+                } else {
+                    &stderr
+                };
+                if output.readable() {
+                    if self.stream.pending() > 0 {
+                        left_out = Some(kind);
+                    } else {
+                        moved |= self.forward(kind)?;
+                    }
+                }
             }
-            if stderr.readable() && self.stream.pending() == 0 {
-                moved |= self.forward(Kind::STDERR)?;
+            if idle {
+                self.turn.left_out(left_out);
             }
             self.running.update_limits(moved);
             if !stdout.readable() && !stderr.readable() && self.is_over(true) {
@@ -245,7 +293,13 @@ impl<'a> Session<'a> {
             Kind::STDIN_END => self.running.stdin.end(),
             Kind::SIGNAL_PROCESS => {
                 let SignalProcess { signal } = decode_body(&frame.body)?;
-                self.running.signal(self.agent, signal);
+                if (1..=64).contains(&signal) {
+                    self.running.signal(self.agent, signal);
+                } else {
+                    let message = format!("signal {signal} is not one of 1 to 64");
+                    let error = ErrorBody::caller(ErrorCode::InvalidArgument, message);
+                    self.stream.queue(&error)?;
+                }
             }
             kind => self.stream.queue::<ErrorBody>(&unsupported(kind))?,
         }
@@ -300,13 +354,10 @@ impl Inner {
     }
 
     fn signal(&self, agent: &Agent, signal: u8) {
-        if !(1..=64).contains(&signal) {
-            return;
-        }
-        let sent = agent.reaper.signal_group(&self.process, signal);
-        // SIGKILL is no request that a child could have been shielded from by a group of its own.
-        if sent
-            && i32::from(signal) == libc::SIGKILL
+        agent.reaper.signal_group(&self.process, signal);
+        // SIGKILL is no request that a child could have been shielded from by a group of its own,
+        // or by the main process's having ended before it.
+        if i32::from(signal) == libc::SIGKILL
             && let Some(group) = &self.group
         {
             group.kill();
@@ -393,5 +444,23 @@ impl Output {
         if done == 0 {
             self.owed = usize::try_from(count).unwrap_or(0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_that_was_left_out_comes_first_the_next_time() {
+        let mut turn = Turn::default();
+        assert_eq!(turn.order()[0], Kind::STDOUT);
+        turn.left_out(Some(Kind::STDERR));
+        assert_eq!(turn.order()[0], Kind::STDERR);
+        turn.left_out(Some(Kind::STDOUT));
+        assert_eq!(turn.order()[0], Kind::STDOUT);
+        turn.left_out(Some(Kind::STDERR));
+        turn.left_out(None);
+        assert_eq!(turn.order()[0], Kind::STDOUT);
     }
 }
