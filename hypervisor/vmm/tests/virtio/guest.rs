@@ -1,6 +1,7 @@
 //! A mock guest for vsock: it writes every packet by hand and checks nothing of its own.
 
 use std::collections::VecDeque;
+use std::io::Read as _;
 use std::os::unix::net::UnixStream;
 
 use vmm::virtio::vsock::{
@@ -273,5 +274,19 @@ impl Guest {
             }
             before.push(packet);
         }
+    }
+}
+
+pub(crate) fn read_exactly(stream: &mut UnixStream, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+/// Why the stream with this ticket was refused.
+pub(crate) fn refusal(event: VsockEvent, expected: u64) -> String {
+    match event {
+        VsockEvent::NotConnected { ticket, message } if ticket == expected => message,
+        other => panic!("{other:?}"),
     }
 }

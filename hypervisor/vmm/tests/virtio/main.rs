@@ -12,3 +12,5 @@ mod rng;
 mod storm;
 mod transport;
 mod vsock;
+mod vsock_close;
+mod vsock_flow;
