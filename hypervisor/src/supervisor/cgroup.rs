@@ -9,6 +9,13 @@ use protocol::id::VmId;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Which controllers a monitor's group has: memory and processes are bounded, and processors are
+/// shared by VM, so that one with many busy vCPUs does not keep another waiting.
+const CONTROLLERS: &str = "+cpu +memory +pids";
+
+/// The weight of all monitors together against one thread of control or proxy, which weighs 100.
+const WEIGHT: &str = "1000";
+
 /// The group that holds the monitors' groups.
 #[derive(Debug)]
 pub(super) struct Groups {
@@ -24,16 +31,17 @@ pub(super) struct Group {
 }
 
 impl Groups {
-    /// Makes the group, with the memory and pids controllers for its members.
+    /// Makes the group, with its members' controllers.
     pub(super) fn make() -> io::Result<Self> {
         let root = Path::new(ROOT);
         let directory = root.join("supvm");
-        fs::write(root.join("cgroup.subtree_control"), "+memory +pids")?;
+        fs::write(root.join("cgroup.subtree_control"), CONTROLLERS)?;
         match fs::create_dir(&directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => other?,
         }
-        fs::write(directory.join("cgroup.subtree_control"), "+memory +pids")?;
+        fs::write(directory.join("cpu.weight"), WEIGHT)?;
+        fs::write(directory.join("cgroup.subtree_control"), CONTROLLERS)?;
         Ok(Self { directory })
     }
 
