@@ -12,6 +12,7 @@
 
 mod queue;
 mod registers;
+mod snapshot;
 mod state;
 mod status;
 
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::bindings::{virtio_config, virtio_ring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use self::snapshot::RestoreError;
 pub use self::state::{DeviceState, QueueState, VirtioMmioState};
 
 use self::queue::{QueueSetup, Refused};
@@ -37,22 +39,6 @@ use super::worker::{Device, Worker};
 const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 const INDIRECT: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-
-/// A saved state that does not fit the device.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The state is another device's.
-    #[error(
-        "the saved state is not one of a {0} device; restore it into a machine of its own model"
-    )]
-    OtherDevice(DeviceKind),
-    /// A register holds what no driver could have written.
-    #[error("the saved state is damaged: {0}; start the machine afresh")]
-    Damaged(String),
-    /// The device is already in use.
-    #[error("a {0} device can only be restored before its first use")]
-    InUse(DeviceKind),
-}
 
 /// Why a write was ignored.
 #[derive(Debug, thiserror::Error)]
@@ -191,76 +177,6 @@ impl VirtioMmio {
         if let Err(ignored) = self.write_register(register, u32::from_le_bytes(bytes)) {
             self.refuse(&ignored);
         }
-    }
-
-    /// The device as data. A live device is stopped for the moment and goes on afterwards.
-    /// None when its worker is gone: such a machine cannot be saved.
-    pub fn save(&self) -> Option<VirtioMmioState> {
-        let mut registers = self.lock();
-        let live = registers.status.is_live();
-        if live {
-            self.pause(&mut registers, false);
-        }
-        let device = self.worker.save();
-        let state = device.map(|device| VirtioMmioState {
-            status: registers.status.bits(),
-            needs_reset: self.interrupt.needs_reset(),
-            interrupt_status: self.interrupt.status(),
-            device_features_select: registers.device_features_select,
-            driver_features_select: registers.driver_features_select,
-            driver_features: registers.driver_features,
-            queue_select: registers.queue_select,
-            queues: registers.queues.iter().map(QueueSetup::save).collect(),
-            device,
-        });
-        if live {
-            self.go_live(&mut registers);
-        }
-        state
-    }
-
-    /// Makes a fresh device what it was when it was saved; a live one goes on at once.
-    pub fn restore(&self, state: &VirtioMmioState) -> Result<(), RestoreError> {
-        let mut registers = self.lock();
-        if registers.status != Status::default() {
-            return Err(RestoreError::InUse(self.kind));
-        }
-        if state.queues.len() != registers.queues.len() {
-            return Err(RestoreError::OtherDevice(self.kind));
-        }
-        if state.driver_features & !self.features != 0 {
-            return Err(RestoreError::Damaged(format!(
-                "features {:#x} were never offered",
-                state.driver_features
-            )));
-        }
-        let status = Status::saved(state.status).ok_or_else(|| {
-            RestoreError::Damaged(format!("no driver sets status {:#x}", state.status))
-        })?;
-        let mut queues = Vec::with_capacity(state.queues.len());
-        for (setup, saved) in registers.queues.iter().zip(&state.queues) {
-            queues.push(
-                setup
-                    .restore(saved, &self.memory)
-                    .map_err(|refused| RestoreError::Damaged(refused.to_string()))?,
-            );
-        }
-        if !self.worker.restore(state.device.clone()) {
-            return Err(RestoreError::OtherDevice(self.kind));
-        }
-        registers.status = status;
-        registers.device_features_select = state.device_features_select;
-        registers.driver_features_select = state.driver_features_select;
-        registers.driver_features = state.driver_features;
-        registers.queue_select = state.queue_select;
-        registers.queues = queues;
-        self.interrupt.set_status(state.interrupt_status);
-        self.interrupt.set_needs_reset(state.needs_reset);
-        if status.is_live() {
-            self.go_live(&mut registers);
-        }
-        self.interrupt.repeat();
-        Ok(())
     }
 
     /// Ends the device: the I/O in flight is finished, what was written is made durable, the thread
