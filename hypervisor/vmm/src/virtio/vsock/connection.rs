@@ -10,12 +10,8 @@
     clippy::arithmetic_side_effects
 )]
 
+use super::credit::Credit;
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-
-/// Bytes that the guest may send ahead of the host's reader, and the most that is kept of it.
-pub(super) const WINDOW: u32 = 256 * 1024;
-/// The guest hears of free room when this much of it is news.
-const NEWS: u32 = WINDOW / 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -74,16 +70,7 @@ pub(super) enum Due {
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
     phase: Phase,
-    // What the guest lets us send.
-    guest_buffer: u32,
-    guest_forwarded: u32,
-    sent: u32,
-    asked_for_credit: bool,
-    // What we let the guest send.
-    received: u32,
-    forwarded: u32,
-    told: u32,
-    owes_credit: bool,
+    credit: Credit,
     /// The SHUTDOWN flags that the guest sent.
     guest_ended: u32,
     /// The SHUTDOWN flags that are true of the host.
@@ -101,14 +88,7 @@ impl Connection {
             } else {
                 Phase::Requesting
             },
-            guest_buffer: 0,
-            guest_forwarded: 0,
-            sent: 0,
-            asked_for_credit: false,
-            received: 0,
-            forwarded: 0,
-            told: 0,
-            owes_credit: false,
+            credit: Credit::default(),
             guest_ended: 0,
             host_ended: 0,
             host_ended_told: 0,
@@ -127,9 +107,7 @@ impl Connection {
         if self.is_over() {
             return Effect::None;
         }
-        self.guest_buffer = header.buffer_size;
-        self.guest_forwarded = header.forwarded;
-        self.asked_for_credit &= self.credit() == 0;
+        self.credit.hear(header);
         match (header.op, self.phase) {
             (Op::Reset, phase) => {
                 self.phase = Phase::Over;
@@ -154,7 +132,7 @@ impl Connection {
             }
             (Op::CreditUpdate, Phase::Established) => Effect::None,
             (Op::CreditRequest, Phase::Established) => {
-                self.owes_credit = true;
+                self.credit.owe_answer();
                 Effect::None
             }
             (_, Phase::Resetting) => Effect::None,
@@ -163,14 +141,14 @@ impl Connection {
     }
 
     fn receive_data(&mut self, length: u32) -> Effect {
-        let room = WINDOW.saturating_sub(self.buffered());
+        let room = self.credit.room();
         if self.guest_ended & SHUTDOWN_SEND != 0 {
             return self.violated(Violation::DataAfterEnd);
         }
         if length > room {
             return self.violated(Violation::Credit { length, room });
         }
-        self.received = self.received.wrapping_add(length);
+        self.credit.receive(length);
         Effect::Deliver
     }
 
@@ -181,7 +159,7 @@ impl Connection {
 
     /// The host's socket took bytes of the guest's, or they were thrown away because it is gone.
     pub(super) fn delivered(&mut self, bytes: u32) {
-        self.forwarded = self.forwarded.wrapping_add(bytes.min(self.buffered()));
+        self.credit.deliver(bytes);
     }
 
     /// The host will not send any more.
@@ -217,41 +195,34 @@ impl Connection {
         if self.host_ended & !self.host_ended_told != 0 {
             return Some(Due::Shutdown(self.host_ended));
         }
-        let credit = self.credit();
+        let credit = self.credit.available();
         if readable && self.wants_host_bytes() {
             if credit > 0 {
                 return Some(Due::Data(credit));
             }
-            if !self.asked_for_credit {
+            if !self.credit.was_asked() {
                 return Some(Due::CreditRequest);
             }
         }
-        let news = self.forwarded.wrapping_sub(self.told);
-        (self.owes_credit || news >= NEWS).then_some(Due::CreditUpdate)
+        self.credit.is_news().then_some(Due::CreditUpdate)
     }
 
     /// The packet that was due is in the guest's queue; for data, `bytes` of them.
     pub(super) fn done(&mut self, due: Due, bytes: u32) {
-        self.told = self.forwarded;
-        self.owes_credit = false;
+        self.credit.tell();
         match due {
             Due::Request => self.phase = Phase::Requested,
             Due::Reset => self.phase = Phase::Over,
-            Due::Data(_) => self.sent = self.sent.wrapping_add(bytes),
+            Due::Data(_) => self.credit.send(bytes),
             Due::Shutdown(flags) => self.host_ended_told |= flags,
-            Due::CreditRequest => self.asked_for_credit = true,
+            Due::CreditRequest => self.credit.ask(),
             Due::CreditUpdate => {}
         }
     }
 
     /// The fields of every packet that tell the guest its credit.
     pub(super) fn window(&self) -> (u32, u32) {
-        (WINDOW, self.forwarded)
-    }
-
-    /// Bytes of the guest's that the host has not taken yet.
-    pub(super) fn buffered(&self) -> u32 {
-        self.received.wrapping_sub(self.forwarded)
+        self.credit.window()
     }
 
     /// Whether bytes of the host's may still go to the guest.
@@ -270,7 +241,7 @@ impl Connection {
     pub(super) fn host_has_all(&self) -> bool {
         let guest_done = self.guest_ended & SHUTDOWN_SEND != 0
             || matches!(self.phase, Phase::Resetting | Phase::Over);
-        guest_done && self.buffered() == 0
+        guest_done && self.credit.buffered() == 0
     }
 
     /// Whether the guest has not answered the request yet.
@@ -290,15 +261,11 @@ impl Connection {
     pub(super) fn is_over(&self) -> bool {
         self.phase == Phase::Over
     }
-
-    fn credit(&self) -> u32 {
-        self.guest_buffer
-            .saturating_sub(self.sent.wrapping_sub(self.guest_forwarded))
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::credit::WINDOW;
     use super::super::packet::STREAM;
     use super::*;
 
@@ -347,18 +314,6 @@ mod tests {
         };
         connection.receive(&update);
         assert_eq!(connection.due(true), Some(Due::Data(100)));
-    }
-
-    #[test]
-    fn credit_survives_counters_that_wrap_around() {
-        let mut connection = established();
-        connection.sent = u32::MAX - 10;
-        connection.receive(&Header {
-            forwarded: u32::MAX - 10,
-            ..packet(Op::CreditUpdate)
-        });
-        connection.done(Due::Data(0), 100);
-        assert_eq!(connection.due(true), Some(Due::Data(240 * 1024 - 100)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! handed, with back-pressure in both directions.
 
 mod connection;
+mod credit;
 mod device;
 mod events;
 mod host;
