@@ -29,14 +29,25 @@ fn exit_code_and_both_outputs_arrive() {
 }
 
 #[test]
-fn writes_that_are_spaced_arrive_in_their_order() {
+fn writes_that_wait_for_each_other_arrive_in_their_order_and_kind() {
     let agent = Agent::start();
-    let output =
-        agent.shell("for i in 1 2 3 4; do echo o$i; sleep 0.05; echo e$i >&2; sleep 0.05; done");
-    assert_eq!(
-        String::from_utf8(output.merged).unwrap(),
-        "o1\ne1\no2\ne2\no3\ne3\no4\ne4\n"
-    );
+    let mut client = agent.connect();
+    let mut request = shell("while read i; do echo o$i; read i; echo e$i >&2; done");
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    client.started();
+    for (number, kind, name) in [
+        (1, Kind::STDOUT, "o1\n"),
+        (2, Kind::STDERR, "e2\n"),
+        (3, Kind::STDOUT, "o3\n"),
+        (4, Kind::STDERR, "e4\n"),
+    ] {
+        client.send_raw(Kind::STDIN, format!("{number}\n").as_bytes());
+        let frame = client.frame().unwrap();
+        assert_eq!((frame.kind, &*frame.body), (kind, name.as_bytes()));
+    }
+    client.send_raw(Kind::STDIN_END, b"");
+    assert_eq!(client.output().ended.exit_code, 0);
 }
 
 #[test]

@@ -179,9 +179,9 @@ impl Agent {
             powering_off: AtomicBool::new(false),
         });
         let receiver = Arc::clone(&agent);
-        start_thread("signals", move || receiver.receive(&signals))?;
+        start_thread("signals", move || restart(|| receiver.receive(&signals)))?;
         let drainer = Arc::clone(&agent);
-        start_thread("drain", move || drainer.drain.run())?;
+        start_thread("drain", move || restart(|| drainer.drain.run()))?;
         Ok(agent)
     }
 
@@ -244,6 +244,14 @@ impl Agent {
     }
 }
 
+/// Runs what every command depends on; a panic in it is not the end of it.
+fn restart(run: impl Fn()) {
+    while std::panic::catch_unwind(std::panic::AssertUnwindSafe(&run)).is_err() {
+        log::error(format_args!("event=helper_panicked"));
+        std::thread::sleep(RECOVER);
+    }
+}
+
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), ListenError> {
     std::thread::Builder::new()
         .name(name.to_owned())
@@ -263,4 +271,21 @@ fn raise_descriptor_limit(machine: Machine) -> Result<(), Errno> {
         Machine::Borrowed => hard,
     };
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS), hard)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_helper_that_panics_goes_on() {
+        let runs = Cell::new(0);
+        restart(|| {
+            runs.set(runs.get() + 1);
+            assert!(runs.get() > 2, "injected");
+        });
+        assert_eq!(runs.get(), 3);
+    }
 }
