@@ -183,9 +183,13 @@ impl fmt::Display for Failure {
     }
 }
 
-impl<E: std::error::Error> From<E> for Failure {
+impl<E: std::error::Error + 'static> From<E> for Failure {
+    /// The error's message, and below it what the appliance added, such as a guest's console.
     fn from(error: E) -> Self {
-        Self(error.to_string())
+        let any: &dyn std::error::Error = &error;
+        let detail = any.downcast_ref().map_or("", ClientError::detail);
+        let gap = if detail.is_empty() { "" } else { "\n" };
+        Self(format!("{error}{gap}{detail}"))
     }
 }
 

@@ -1,6 +1,7 @@
 //! A flood of output: memory stays flat, and others are still served. The VMs have one CPU each:
-//! with two, minutes of this load under QEMU's emulated SVM end in a spurious shutdown of a vCPU
-//! or in a corrupted stack of the appliance's own kernel, which no process of ours can cause.
+//! with two, minutes of this load under QEMU's emulated SVM ended twice in a shutdown of a vCPU and
+//! once in a corrupted stack of the appliance's own kernel as well. The latter no process of ours
+//! can cause, so the emulation is suspected; it is not proven, and not seen on hardware either way.
 
 use std::time::Duration;
 
