@@ -44,10 +44,14 @@ fn main() -> ExitCode {
         init::run();
     }
     let role = Arguments::parse().role;
-    log::start();
+    // Serve's settings say how much is logged.
+    if !matches!(role, Role::Serve(_)) {
+        log::start();
+    }
     match run(role) {
         Ok(code) => code,
         Err(error) => {
+            log::start();
             tracing::error!(%error, "stopped");
             ExitCode::FAILURE
         }

@@ -21,6 +21,7 @@ use protocol::host::supervisor::Lease;
 
 use self::disks::Disks;
 use self::modules::Modules;
+use self::modules::loader::Loader;
 pub(crate) use self::network::Links;
 use self::power::Buttons;
 use self::uevent::{News, Uevents};
@@ -45,24 +46,16 @@ const SYSTEM_WITHIN: Duration = Duration::from_secs(5);
 const READ_WITHIN: Duration = Duration::from_secs(60);
 /// Pieces of news that are handled before others have their turn.
 const NEWS_PER_TURN: usize = 256;
-
-/// Modules that no device asks for.
-const MODULES: &[&str] = &[
-    "xfs",
-    "squashfs",
-    "loop",
-    "evdev",
-    "button",
-    "af_packet",
-    "ipv6",
-    "kvm",
-];
+/// How long loading what VMs need may hold up the services once the disks are there.
+const KVM_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why init cannot go on.
 #[derive(Debug, thiserror::Error)]
 enum InitError {
     #[error("cannot listen to the kernel's news of devices: {0}")]
     Uevents(nix::Error),
+    #[error("cannot begin to load modules: {0}")]
+    Loader(nix::Error),
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),
     #[error(transparent)]
@@ -121,11 +114,12 @@ fn run_machine() -> Result<Outcome, InitError> {
     });
     prepare_kernel();
     let uevents = Uevents::listen().map_err(InitError::Uevents)?;
-    let mut duties = Init::new(uevents, network::Fixed::of(&settings));
-    duties.modules.coldplug();
-    let fixed = MODULES.iter().copied().chain(kvm_module());
-    fixed.for_each(|module| duties.modules.load(module));
-    tracing::info!(took = ?started.elapsed(), "devices found");
+    let modules = Modules::of_running_kernel().unwrap_or_else(|error| {
+        tracing::error!(%error, "no modules for the running kernel; what is built in must do");
+        Modules::default()
+    });
+    let loader = Loader::start(modules, started).map_err(InitError::Loader)?;
+    let mut duties = Init::new(uevents, loader, network::Fixed::of(&settings));
     duties.buttons.look();
     duties.links.bring_up();
     let supervisor = supervisor(&settings, &level, duties)?;
@@ -154,9 +148,7 @@ fn supervisor(
         services.push(Service::new(Kind::Net, Program::role(&["net"])?, net));
     }
     services.extend(debug_shell(settings));
-    let mut environment = environment();
-    environment.retain(|(name, _)| name != crate::log::VARIABLE);
-    environment.push((crate::log::VARIABLE.to_owned(), level.to_owned()));
+    let mut environment = environment(level);
     environment.push((
         "PATH".to_owned(),
         "/usr/sbin:/usr/bin:/sbin:/bin:/debug".to_owned(),
@@ -242,6 +234,10 @@ enum Waiting {
     System {
         until: Instant,
     },
+    /// What VMs need is still being loaded.
+    Kvm {
+        until: Instant,
+    },
     Done,
 }
 
@@ -249,25 +245,25 @@ enum Waiting {
 #[derive(Debug)]
 struct Init {
     uevents: Uevents,
-    modules: Modules,
+    loader: Loader,
     disks: Disks,
     buttons: Buttons,
     links: Links,
     waiting: Waiting,
 }
 
-/// Number of the news' descriptor; a button's is its own number and one more.
+/// Number of the news' descriptor.
 const NEWS: usize = 0;
+/// Number of the loader's descriptor.
+const LOADER: usize = 1;
+/// Number of the first button's descriptor.
+const BUTTONS: usize = 2;
 
 impl Init {
-    fn new(uevents: Uevents, fixed: network::Fixed) -> Self {
-        let modules = Modules::of_running_kernel().unwrap_or_else(|error| {
-            tracing::error!(%error, "no modules for the running kernel; what is built in must do");
-            Modules::default()
-        });
+    fn new(uevents: Uevents, loader: Loader, fixed: network::Fixed) -> Self {
         Self {
             uevents,
-            modules,
+            loader,
             disks: Disks::default(),
             buttons: Buttons::default(),
             links: Links::new(fixed),
@@ -297,14 +293,25 @@ impl Init {
                 until: now + SYSTEM_WITHIN,
             };
         }
-        let Waiting::System { until } = self.waiting else {
+        if let Waiting::System { until } = self.waiting {
+            if !self.disks.has_system() {
+                if now < until {
+                    return None;
+                }
+                tracing::warn!("no system slot; only templates on the data disk can be used");
+            }
+            self.waiting = Waiting::Kvm {
+                until: now + KVM_WITHIN,
+            };
+        }
+        let Waiting::Kvm { until } = self.waiting else {
             return None;
         };
-        if !self.disks.has_system() {
+        if !self.loader.is_ready() {
             if now < until {
                 return None;
             }
-            tracing::warn!("no system slot; only templates on the data disk can be used");
+            tracing::error!("a module that VMs need is not loaded yet; going on without it");
         }
         self.waiting = Waiting::Done;
         Some(Demand::Release)
@@ -319,12 +326,12 @@ impl Init {
                     tracing::warn!(
                         "the kernel's news of devices overflowed; looking at everything"
                     );
-                    self.modules.coldplug();
+                    self.loader.look_at_everything();
                     self.look_at_everything()
                 }
                 Some(News::Device(device)) => {
                     if !device.modalias.is_empty() {
-                        self.modules.serve(&device.modalias);
+                        self.loader.serve(device.modalias);
                     }
                     match device.subsystem.as_str() {
                         "block" => self.look_for_disks(),
@@ -349,18 +356,29 @@ impl Init {
 impl Duties for Init {
     fn watched(&self) -> Vec<(usize, BorrowedFd<'_>)> {
         let buttons = self.buttons.descriptors();
-        let buttons = buttons.map(|(number, descriptor)| (number.saturating_add(1), descriptor));
-        let news = (NEWS, self.uevents.descriptor());
-        std::iter::once(news).chain(buttons).collect()
+        let buttons =
+            buttons.map(|(number, descriptor)| (number.saturating_add(BUTTONS), descriptor));
+        let mut watched = vec![(NEWS, self.uevents.descriptor())];
+        // Once the services run it has nothing more to say.
+        if self.waiting != Waiting::Done {
+            watched.push((LOADER, self.loader.descriptor()));
+        }
+        watched.extend(buttons);
+        watched
     }
 
     fn ready(&mut self, number: usize) -> Option<Demand> {
-        match number.checked_sub(1) {
-            None => self.hear(),
-            Some(button) => self.buttons.pressed(button).then(|| {
+        match (number, number.checked_sub(BUTTONS)) {
+            (NEWS, _) => self.hear(),
+            (_, Some(button)) => self.buttons.pressed(button).then(|| {
                 tracing::info!("power button");
                 Demand::ShutDown(Outcome::PowerOff)
             }),
+            // It is asked before the services are released.
+            (_, None) => {
+                self.loader.is_ready();
+                self.look_for_disks()
+            }
         }
     }
 
@@ -368,7 +386,7 @@ impl Duties for Init {
         match self.waiting {
             Waiting::Start => Some(Instant::now()),
             Waiting::Data { complain_at } => complain_at,
-            Waiting::System { until } => Some(until),
+            Waiting::System { until } | Waiting::Kvm { until } => Some(until),
             Waiting::Done => None,
         }
     }

@@ -54,10 +54,10 @@ fn serve_one_lease(server: &UdpSocket) {
 
 #[test]
 fn an_address_is_learned_set_and_taken_away_with_the_carrier() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root for a network namespace");
-        return;
-    }
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "run this test as root: it makes a network namespace"
+    );
     // This thread and those that it starts; no other test notices.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip("link add ours type veth peer name theirs");

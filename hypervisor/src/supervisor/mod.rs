@@ -74,6 +74,12 @@ pub enum SupervisorError {
         /// What the system said.
         cause: io::Error,
     },
+    /// The settings cannot be used.
+    #[error(transparent)]
+    Settings(#[from] crate::settings::SettingsError),
+    /// Another supervisor has the state directory.
+    #[error("{} is in use by another `supvm serve`; end that one first or use another --state directory", .0.display())]
+    InUse(std::path::PathBuf),
     /// The process cannot wait for signals or events.
     #[error("cannot wait for events: {0}")]
     Events(nix::Error),

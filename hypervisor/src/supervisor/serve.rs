@@ -1,7 +1,10 @@
 //! `supvm serve`: the supervisor on an ordinary Linux host, without PID 1's duties. Ctrl-C stops
 //! the VMs and then everything else.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
 
 use super::confinement::Capability;
 use super::duties::NoDuties;
@@ -9,6 +12,7 @@ use super::prison::Prison;
 use super::service::{Kind, Rights, Service};
 use super::spawn::{Program, SpawnError};
 use super::{Supervisor, SupervisorError, private_directory, sockets};
+use crate::settings::{Settings, SettingsError};
 
 /// Arguments of `supvm serve`.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
@@ -16,13 +20,15 @@ pub struct ServeArgs {
     /// State directory: templates, VMs, keys. Made when missing.
     #[arg(long, value_name = "DIR")]
     pub state: PathBuf,
-    /// Settings file. Without it the defaults hold.
+    /// Settings file. Without it the defaults hold; one that is named must be there.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 /// Runs until it is told to stop.
 pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
+    let settings = settings(arguments.config.as_deref())?;
+    crate::log::start_at(&settings.log.level);
     private_directory(&arguments.state)?;
     let absolute = |path: &Path| {
         std::path::absolute(path).map_err(|cause| SupervisorError::Directory {
@@ -36,6 +42,7 @@ pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
     // The longest name that control will bind there.
     sockets::check_length(&run.join("vmm/vm-00000000.sock"))?;
     private_directory(&run.join("vmm"))?;
+    let _lock = lock(&state, &run)?;
     let config = arguments.config.as_deref().map(absolute).transpose()?;
     let services = services(&state, &run, None, config.as_deref())?;
     let vmm = Program::role(&["vmm"])?;
@@ -44,12 +51,44 @@ pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
         Prison::make(&run),
         vmm,
         services,
-        environment(),
+        environment(&settings.log.level),
         NoDuties,
     )?;
     tracing::info!(state = %state.display(), "serving; Ctrl-C stops the VMs and exits");
     supervisor.run()?;
     Ok(())
+}
+
+fn settings(path: Option<&Path>) -> Result<Settings, SettingsError> {
+    if let Some(path) = path {
+        // Reading it without this would take a slip of the pen for an absent file.
+        std::fs::metadata(path).map_err(|cause| SettingsError::Unreadable {
+            path: path.to_owned(),
+            cause,
+        })?;
+    }
+    Settings::load(path)
+}
+
+/// Two supervisors on one state directory would start each VM twice, on the same disk. The lock goes
+/// with the process that holds it.
+fn lock(state: &Path, run: &Path) -> Result<Flock<File>, SupervisorError> {
+    let path = run.join("lock");
+    let failed = |cause: std::io::Error| SupervisorError::Directory {
+        path: path.display().to_string(),
+        cause,
+    };
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(failed)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::Error::EWOULDBLOCK)) => Err(SupervisorError::InUse(state.to_owned())),
+        Err((_, error)) => Err(failed(error.into())),
+    }
 }
 
 /// Control and proxy hold descriptors for every VM and every connection.
@@ -97,11 +136,12 @@ pub(crate) fn services(
     ])
 }
 
-/// What every child gets.
-pub(crate) fn environment() -> Vec<(String, String)> {
-    let passed = [crate::log::VARIABLE, "RUST_BACKTRACE"];
-    let passed = passed
-        .into_iter()
-        .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
-    passed.collect()
+/// What every child gets. It logs at this level unless the environment names another.
+pub(crate) fn environment(level: &str) -> Vec<(String, String)> {
+    let log = std::env::var(crate::log::VARIABLE).unwrap_or_else(|_| level.to_owned());
+    let mut passed = vec![(crate::log::VARIABLE.to_owned(), log)];
+    if let Ok(value) = std::env::var("RUST_BACKTRACE") {
+        passed.push(("RUST_BACKTRACE".to_owned(), value));
+    }
+    passed
 }

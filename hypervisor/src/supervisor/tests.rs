@@ -3,10 +3,11 @@
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::JoinHandle;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, accept4, connect, socket};
+use nix::unistd::Pid;
 use protocol::host::channel::{receive, send, send_bytes};
 use protocol::host::supervisor::VmmEnded;
 
@@ -14,6 +15,9 @@ use super::duties::NoDuties;
 use super::service::Rights;
 use super::spawn::{Child, End, Spawn};
 use super::*;
+
+/// A limit that only a hang reaches.
+const HANG: u16 = 30_000;
 
 const BACK: &str = "SUPVM_TEST_BACK";
 
@@ -45,7 +49,7 @@ impl Duties for UntilClosed {
     }
     fn ready(&mut self, _: usize) -> Option<Demand> {
         // Closed for good: ready once more each time, until all has stopped.
-        self.0 = nix::unistd::pipe().unwrap().0;
+        self.0 = pipe().0;
         Some(Demand::ShutDown(Outcome::PowerOff))
     }
     fn deadline(&self) -> Option<Instant> {
@@ -65,7 +69,7 @@ struct House {
     back: OwnedFd,
     stop: Option<OwnedFd>,
     thread: Option<JoinHandle<Outcome>>,
-    proxy_starts: PathBuf,
+    proxy_starts: std::fs::File,
 }
 
 /// One incarnation of control: its socket to the supervisor, and the one that keeps it alive.
@@ -85,9 +89,13 @@ impl House {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
         )
         .unwrap();
-        let (theirs, stop) = nix::unistd::pipe().unwrap();
-        let proxy_starts = run.join("starts");
-        let script = format!("echo >> {}; exit 3", proxy_starts.display());
+        let (theirs, stop) = pipe();
+        let fifo = run.join("starts");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // Open for writing as well, so that no writer ever waits and no reader meets an end.
+        let mut both = std::fs::File::options();
+        let proxy_starts = both.read(true).write(true).open(&fifo).unwrap();
+        let script = format!("echo >> {}; exit 3", fifo.display());
         let vmm_script = vmm_script.to_owned();
         let thread = std::thread::spawn(move || {
             let own = std::env::current_exe().unwrap();
@@ -144,6 +152,16 @@ impl House {
         }
     }
 
+    /// Waits until proxy was started so many times.
+    fn wait_for_starts(&self, count: usize) {
+        for _ in 0..count {
+            let mut descriptors = [PollFd::new(self.proxy_starts.as_fd(), PollFlags::POLLIN)];
+            let heard = poll(&mut descriptors, HANG);
+            assert_eq!(heard, Ok(1), "it was not started again");
+            (&self.proxy_starts).read_exact(&mut [0]).unwrap();
+        }
+    }
+
     fn stop(mut self) -> Outcome {
         self.stop.take();
         self.thread.take().unwrap().join().unwrap()
@@ -188,7 +206,7 @@ fn run_of(generation: u64) -> Run {
 fn a_monitor_gets_its_descriptors_by_name_and_its_end_outlives_control() {
     let house = House::new("read code <&3; test \"$SUPVM_DESCRIPTORS\" = log && exit $code");
     let control = house.control();
-    let (theirs, ours) = nix::unistd::pipe().unwrap();
+    let (theirs, ours) = pipe();
     control.spawn(&run_of(1), "log", &theirs);
     let spawned: VmmSpawned = control.receive();
     assert_eq!(spawned.run, run_of(1));
@@ -229,7 +247,7 @@ fn a_monitor_gets_its_descriptors_by_name_and_its_end_outlives_control() {
 fn a_monitor_is_killed_on_demand_and_at_the_end() {
     let house = House::new("exec sleep 1000");
     let control = house.control();
-    let (theirs, _ours) = nix::unistd::pipe().unwrap();
+    let (theirs, _ours) = pipe();
     control.spawn(&run_of(1), "x", &theirs);
     let VmmSpawned { .. } = control.receive();
     control.send(&KillVmm { run: run_of(1) }, &[]);
@@ -255,7 +273,7 @@ fn a_bad_message_is_answered_and_harms_nothing() {
     control.send(&VmmsListed {}, &[]);
     let error: ErrorBody = control.receive();
     assert_eq!(error.code, ErrorCode::Unsupported);
-    let (theirs, _ours) = nix::unistd::pipe().unwrap();
+    let (theirs, _ours) = pipe();
     let request = SpawnVmm {
         run: run_of(1),
         uid: 0,
@@ -282,17 +300,150 @@ fn a_service_that_ends_is_started_again() {
     let first = house.control();
     drop(first);
     let control = house.control();
-    while std::fs::read(&house.proxy_starts).unwrap_or_default().len() < 3 {
-        // Proxy ends at once each time; its starts are an event of the file system's.
-        std::thread::yield_now();
-    }
+    // Proxy ends at once each time.
+    house.wait_for_starts(3);
     drop(control);
     house.stop();
 }
 
 #[test]
+fn a_control_that_stops_reading_is_started_again_and_nothing_is_lost() {
+    let house = House::new("exit 13");
+    let control = house.control();
+    let (theirs, _ours) = pipe();
+    control.spawn(&run_of(1), "x", &theirs);
+    // It asks and asks and reads no answer, until the supervisor has had enough of it.
+    let list = protocol::encode(&ListVmms {}).unwrap();
+    let refused = (0..100_000)
+        .map(|_| send_bytes(control.supervisor.as_fd(), &list, &[]))
+        .find_map(Result::err);
+    assert!(refused.is_some(), "it was never ended");
+    let next = house.control();
+    let ended: VmmEnded = loop {
+        next.send(&ListVmms {}, &[]);
+        let packet = receive(next.supervisor.as_fd()).unwrap().unwrap();
+        if packet.frame.kind == FrameKind::VMM_ENDED {
+            break decode(&packet.frame).unwrap();
+        }
+    };
+    assert_eq!((ended.run, ended.exit_code), (run_of(1), Some(13)));
+    drop((control, next));
+    house.stop();
+}
+
+/// Not a test of its own: a supervisor whose process gets orphans, as PID 1 does. A process of its
+/// own, because it waits for every child there is.
+#[test]
+#[ignore = "started by another test"]
+fn stand_in_for_init() {
+    struct ReapsOrphans(NoDuties);
+    impl Duties for ReapsOrphans {
+        fn watched(&self) -> Vec<(usize, std::os::fd::BorrowedFd<'_>)> {
+            self.0.watched()
+        }
+        fn ready(&mut self, number: usize) -> Option<Demand> {
+            self.0.ready(number)
+        }
+        fn deadline(&self) -> Option<Instant> {
+            self.0.deadline()
+        }
+        fn elapsed(&mut self) -> Option<Demand> {
+            self.0.elapsed()
+        }
+        fn lease(&mut self, _: Lease) {}
+        fn reaps_orphans(&self) -> bool {
+            true
+        }
+    }
+    let Ok(directory) = std::env::var(BACK) else {
+        return;
+    };
+    let run = Path::new(&directory);
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let (fifo, end) = (run.join("orphan"), run.join("end"));
+    // The orphan's parent is gone before the orphan is.
+    let script = format!(
+        "(sh -c 'read nothing < {}; exit 9' & echo $! > {}); exec sleep 1000",
+        end.display(),
+        fifo.display()
+    );
+    let proxy = Service::new(Kind::Proxy, shell(&script), Rights::default());
+    let environment = vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())];
+    let supervisor = Supervisor::new(
+        run,
+        Prison::default(),
+        shell("exit 0"),
+        vec![proxy],
+        environment,
+        ReapsOrphans(NoDuties),
+    );
+    supervisor.unwrap().run().unwrap();
+}
+
+#[test]
+fn an_orphan_is_waited_for_and_no_service_is_mistaken_for_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let [fifo, end] = ["orphan", "end"].map(|name| directory.path().join(name));
+    for path in [&fifo, &end] {
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    // Its only test runs on its only thread, which alone may be given SIGCHLD.
+    let init = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "--test-threads=1",
+            "supervisor::tests::stand_in_for_init",
+        ])
+        .env(BACK, directory.path())
+        .stdout(std::process::Stdio::null())
+        .spawn();
+    let mut init = KilledOnDrop(init.unwrap());
+    let mut pid = [0; 16];
+    let length = std::fs::File::open(&fifo).unwrap().read(&mut pid).unwrap();
+    let pid = String::from_utf8_lossy(&pid[..length]);
+    let orphan = format!("/proc/{}", pid.trim());
+    let parent = || {
+        let status = std::fs::read_to_string(format!("{orphan}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        parent.map(|pid| pid.trim().to_owned())
+    };
+    let own = Some(init.0.id().to_string());
+    eventually("it is no orphan of init's", || parent() == own);
+    std::fs::write(&end, "\n").unwrap();
+    eventually("nobody waited for the orphan", || parent().is_none());
+    let pid = Pid::from_raw(i32::try_from(init.0.id()).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    assert!(init.0.wait().unwrap().success());
+}
+
+/// A process that does not outlive a test that fails.
+struct KilledOnDrop(std::process::Child);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A pipe that no process inherits which another test starts meanwhile.
+fn pipe() -> (OwnedFd, OwnedFd) {
+    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap()
+}
+
+fn eventually(otherwise: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        let waited = began.elapsed().as_millis();
+        assert!(waited < u128::from(HANG), "{otherwise}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
 fn a_child_has_only_the_descriptors_it_was_handed() {
-    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let (reader, writer) = pipe();
     let _leaky = std::fs::File::open("/dev/null").unwrap();
     let program = shell("ls /proc/self/fd >&3; echo $SUPVM_DESCRIPTORS >&3; exit 7");
     let child = start(&program, &[("out", writer.as_fd())]);
@@ -326,11 +477,11 @@ fn a_program_that_cannot_be_executed_is_an_error_that_says_so() {
 
 #[test]
 fn a_confined_child_has_no_rights_and_no_network() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root");
-        return;
-    }
-    let (reader, writer) = nix::unistd::pipe().unwrap();
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "run this test as root: it gives a child another user and a network namespace"
+    );
+    let (reader, writer) = pipe();
     let network = confinement::empty_network().unwrap();
     let program = shell(
         "grep -E '^(Uid|CapEff|CapAmb|NoNewPrivs)' /proc/self/status >&3; tail -n +3 /proc/net/dev >&3",

@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::alias::Aliases;
+
 /// A module file, relative to the modules' directory.
 pub(crate) type File = String;
 
@@ -15,8 +17,9 @@ pub(crate) struct Dependencies {
 }
 
 impl Dependencies {
-    /// Reads both files' texts.
-    pub(crate) fn parse(dep: &str, softdep: &str) -> Self {
+    /// Reads both files' texts. A soft dependency may be an alias, as `crc32c` is, for whichever
+    /// modules there are.
+    pub(crate) fn parse(dep: &str, softdep: &str, aliases: &Aliases) -> Self {
         let mut dependencies = Self::default();
         for line in dep.lines() {
             if let Some((file, needed)) = line.split_once(':') {
@@ -38,11 +41,18 @@ impl Dependencies {
                 match word {
                     "pre:" => to = Some(true),
                     "post:" => to = Some(false),
-                    other => match to {
-                        Some(true) => pre.push(super::name(other)),
-                        Some(false) => post.push(super::name(other)),
-                        None => {}
-                    },
+                    other => {
+                        let list = match to {
+                            Some(true) => &mut *pre,
+                            Some(false) => &mut *post,
+                            None => continue,
+                        };
+                        let other = super::name(other);
+                        match dependencies.hard.contains_key(&other) {
+                            true => list.push(other),
+                            false => list.extend(aliases.modules(&other).map(str::to_owned)),
+                        }
+                    }
                 }
             }
         }
@@ -101,7 +111,7 @@ kernel/b.ko: kernel/a.ko
 
     #[test]
     fn what_is_needed_comes_first_and_once() {
-        let dependencies = Dependencies::parse(DEP, "");
+        let dependencies = Dependencies::parse(DEP, "", &Aliases::default());
         assert_eq!(
             names(&dependencies.order("kvm_amd")),
             ["irqbypass", "kvm", "kvm_amd"]
@@ -116,7 +126,7 @@ kernel/b.ko: kernel/a.ko
     #[test]
     fn soft_dependencies_come_where_they_are_wanted() {
         let soft = "softdep libcrc32c pre: crc32c-intel absent post: irqbypass\n";
-        let dependencies = Dependencies::parse(DEP, soft);
+        let dependencies = Dependencies::parse(DEP, soft, &Aliases::default());
         assert_eq!(
             names(&dependencies.order("libcrc32c")),
             ["crc32c_intel", "crc32c_generic", "libcrc32c", "irqbypass"]
@@ -124,7 +134,21 @@ kernel/b.ko: kernel/a.ko
     }
 
     #[test]
+    fn a_soft_dependency_may_be_an_alias() {
+        let aliases = Aliases::parse("alias crc32c crc32c_intel\nalias crc32c crc32c_generic\n");
+        let soft = "softdep xfs pre: crc32c\n";
+        let dependencies = Dependencies::parse(DEP, soft, &aliases);
+        assert_eq!(
+            names(&dependencies.order("xfs")),
+            ["crc32c_intel", "crc32c_generic", "libcrc32c", "xfs"]
+        );
+    }
+
+    #[test]
     fn a_circle_ends() {
-        assert_eq!(names(&Dependencies::parse(DEP, "").order("a")), ["b", "a"]);
+        assert_eq!(
+            names(&Dependencies::parse(DEP, "", &Aliases::default()).order("a")),
+            ["b", "a"]
+        );
     }
 }

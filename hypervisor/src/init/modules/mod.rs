@@ -3,6 +3,7 @@
 
 mod alias;
 mod deps;
+pub(super) mod loader;
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -10,6 +11,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use self::alias::Aliases;
 use self::deps::Dependencies;
@@ -17,12 +19,19 @@ use self::deps::Dependencies;
 /// How deep the device tree is followed.
 const DEEPEST: usize = 32;
 
-/// The running kernel's modules.
+/// What the kernel's modules are called and need.
 #[derive(Debug, Default)]
-pub(super) struct Modules {
+struct Tables {
     directory: PathBuf,
     aliases: Aliases,
     dependencies: Dependencies,
+}
+
+/// The running kernel's modules. Copies share the tables and nothing else; the kernel itself sees to
+/// it that a module is loaded once.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Modules {
+    tables: Arc<Tables>,
     /// Files that were tried, with whatever result.
     tried: HashSet<String>,
     /// Devices that were served.
@@ -36,22 +45,28 @@ impl Modules {
         let directory = Path::new("/lib/modules").join(release.release());
         let table = |name: &str| fs::read_to_string(directory.join(name));
         // Modules that are built in have their aliases in another table and need no loading.
-        Ok(Self {
-            aliases: Aliases::parse(&table("modules.alias")?),
+        let aliases = Aliases::parse(&table("modules.alias")?);
+        let tables = Tables {
             dependencies: Dependencies::parse(
                 &table("modules.dep")?,
                 &table("modules.softdep").unwrap_or_default(),
+                &aliases,
             ),
+            aliases,
             directory,
+        };
+        Ok(Self {
+            tables: Arc::new(tables),
             ..Self::default()
         })
     }
 
     /// Loads a module by name, after what it needs. One that is built in is no file and no error.
     pub(super) fn load(&mut self, module: &str) {
-        for file in self.dependencies.order(&name(module)) {
+        let tables = self.tables.clone();
+        for file in tables.dependencies.order(&name(module)) {
             if self.tried.insert(file.clone()) {
-                match insert(&self.directory.join(&file)) {
+                match insert(&tables.directory.join(&file)) {
                     Ok(()) => tracing::debug!(module = name_of_file(&file), "loaded"),
                     Err(error) => {
                         tracing::warn!(module = name_of_file(&file), %error, "not loaded");
@@ -64,17 +79,19 @@ impl Modules {
     /// Loads what a device asks for.
     pub(super) fn serve(&mut self, modalias: &str) {
         if self.served.insert(modalias.to_owned()) {
-            let modules: Vec<String> = self.aliases.modules(modalias).map(str::to_owned).collect();
-            modules.iter().for_each(|module| self.load(module));
+            let tables = self.tables.clone();
+            let modules = tables.aliases.modules(modalias);
+            modules.for_each(|module| self.load(module));
         }
     }
 
-    /// Loads what the devices that are there ask for, and those that appear by it.
-    pub(super) fn coldplug(&mut self) {
+    /// Loads what those of the devices that are there ask for that are `wanted`, and those that
+    /// appear by it.
+    pub(super) fn coldplug(&mut self, wanted: fn(&str) -> bool) {
         loop {
             let mut found = Vec::new();
             modaliases(Path::new("/sys/devices"), DEEPEST, &mut found);
-            found.retain(|modalias| !self.served.contains(modalias));
+            found.retain(|modalias| wanted(modalias) && !self.served.contains(modalias));
             if found.is_empty() {
                 return;
             }
