@@ -387,14 +387,22 @@ fn an_orphan_is_waited_for_and_no_service_is_mistaken_for_one() {
     for path in [&fifo, &end] {
         nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     }
-    // Its only test runs on its only thread, which alone may be given SIGCHLD.
-    let init = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--ignored",
-            "--exact",
-            "--test-threads=1",
-            "supervisor::tests::stand_in_for_init",
-        ])
+    let mut init = std::process::Command::new(std::env::current_exe().unwrap());
+    init.args([
+        "--ignored",
+        "--exact",
+        "supervisor::tests::stand_in_for_init",
+    ]);
+    // Blocked on every thread that it will have, so that none but the supervisor's takes it.
+    let block = || {
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGCHLD);
+        mask.add(Signal::SIGTERM);
+        Ok(mask.thread_block()?)
+    };
+    // SAFETY: between fork and exec it only makes a system call.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut init, block) };
+    let init = init
         .env(BACK, directory.path())
         .stdout(std::process::Stdio::null())
         .spawn();
