@@ -10,13 +10,13 @@ use std::time::Instant;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
-use super::Modules;
+use super::{Modules, of_all, of_buses};
 
 /// File systems come before the disks that hold them: a mount asks once.
-const FILE_SYSTEMS: &[&str] = &["xfs", "squashfs", "loop"];
+const FILE_SYSTEMS: &[&str] = &["xfs", "squashfs"];
 
 /// What no device asks for and no service waits for.
-const OTHERS: &[&str] = &["evdev", "button"];
+const OTHERS: &[&str] = &["evdev", "button", "loop"];
 
 enum Request {
     Device(String),
@@ -123,14 +123,14 @@ fn virtual_machines(mut modules: Modules, told: Done, started: Instant) {
 fn devices(mut modules: Modules, requests: &Receiver<Request>, told: Done, started: Instant) {
     FILE_SYSTEMS.iter().for_each(|module| modules.load(module));
     drop(told);
-    modules.coldplug(is_urgent);
+    modules.coldplug(of_buses, is_urgent);
     told_after(started, "disks and network served");
-    modules.coldplug(|_| true);
+    modules.coldplug(of_all, |_| true);
     told_after(started, "all devices served");
     while let Ok(request) = requests.recv() {
         match request {
             Request::Device(modalias) => modules.serve(&modalias),
-            Request::Everything => modules.coldplug(|_| true),
+            Request::Everything => modules.coldplug(of_all, |_| true),
         }
     }
 }

@@ -85,12 +85,11 @@ impl Modules {
         }
     }
 
-    /// Loads what those of the devices that are there ask for that are `wanted`, and those that
+    /// Loads what those of the devices that `look` finds ask for that are `wanted`, and those that
     /// appear by it.
-    pub(super) fn coldplug(&mut self, wanted: fn(&str) -> bool) {
+    pub(super) fn coldplug(&mut self, look: fn() -> Vec<String>, wanted: fn(&str) -> bool) {
         loop {
-            let mut found = Vec::new();
-            modaliases(Path::new("/sys/devices"), DEEPEST, &mut found);
+            let mut found = look();
             found.retain(|modalias| wanted(modalias) && !self.served.contains(modalias));
             if found.is_empty() {
                 return;
@@ -98,6 +97,25 @@ impl Modules {
             found.iter().for_each(|modalias| self.serve(modalias));
         }
     }
+}
+
+/// What all devices ask for.
+fn of_all() -> Vec<String> {
+    let mut found = Vec::new();
+    modaliases(Path::new("/sys/devices"), DEEPEST, &mut found);
+    found
+}
+
+/// What the devices on the buses of disks and network cards ask for, without a walk through all.
+fn of_buses() -> Vec<String> {
+    let mut found = Vec::new();
+    for bus in ["pci", "virtio"] {
+        let devices = fs::read_dir(Path::new("/sys/bus").join(bus).join("devices"));
+        for device in devices.into_iter().flatten().flatten() {
+            modaliases(&device.path(), 0, &mut found);
+        }
+    }
+    found
 }
 
 /// Collects what the devices below `directory` ask for.
