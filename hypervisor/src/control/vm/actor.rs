@@ -75,7 +75,9 @@ impl Vm {
             (Beginning::Create { .. }, _) => VmState::Starting,
             (Beginning::Adopt, RunState::Up) => VmState::Running,
             (Beginning::Adopt, _) => VmState::Starting,
-            (Beginning::Off | Beginning::Ended(_), _) => VmState::Stopped,
+            (Beginning::Off, _) => VmState::Stopped,
+            // Not stopped before the reason is known with it.
+            (Beginning::Ended(_), _) => VmState::Stopping,
         };
         let (view, seen) = watch::channel(View {
             record: Arc::new(record.clone()),
