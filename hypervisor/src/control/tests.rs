@@ -1,6 +1,7 @@
 //! Control as a whole, over its real sockets and on a real state directory. Only its neighbours are
 //! stand-ins: the supervisor, proxy, and monitors whose guests follow a script.
 
+mod guests;
 mod lifecycle;
 mod panics;
 mod refusals;
