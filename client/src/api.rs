@@ -189,7 +189,9 @@ fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<Duration> {
     let ClientError::Refused(body) = error else {
         return None;
     };
-    if body.fault != Fault::Host || repeats >= RETRIES {
+    // Whoever asks for room that is not there should hear of it, not wait for it.
+    let full = body.code == ErrorCode::NoCapacity;
+    if body.fault != Fault::Host || full || repeats >= RETRIES {
         return None;
     }
     match body.retry {
@@ -271,6 +273,8 @@ mod tests {
         assert!(pause(&host.clone().retryable(), RETRIES).is_none());
         let for_ever = host.retryable_after_ms(u32::MAX);
         assert_eq!(pause(&for_ever, 1), Some(LONGEST_PAUSE));
+        let full = ErrorBody::host(ErrorCode::NoCapacity, "x").retryable_after_ms(1);
+        assert!(pause(&full, 0).is_none());
         let caller = ErrorBody::caller(ErrorCode::Busy, "x").retryable();
         assert!(pause(&caller, 0).is_none());
         assert!(pause_before_repeat(&ClientError::AgentGone, 0).is_none());

@@ -28,6 +28,8 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
         uname.starts_with("Linux 6.12") && uname.ends_with(&hostname),
         || uname.clone(),
     )?;
+    let processors = context.shell(&made, "nproc").await?;
+    ensure(processors == "2", || processors.clone())?;
     let python = ["python3", "-c", "print(6 * 7)"];
     let python = vm::run(client, &made, Command::argv(python)).await?;
     ensure(python.stdout == "42\n", || format!("{python:?}"))?;

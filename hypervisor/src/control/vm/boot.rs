@@ -29,8 +29,9 @@ use super::ending::{Asked, describe};
 /// What of the console goes into an error.
 const TAIL: u64 = 4 << 10;
 
-/// What a monitor's process may use beyond the guest's memory.
-const OVERHEAD: u64 = 64 << 20;
+/// What a monitor's process may use beyond the guest's memory: a fraction of a MiB of its own, and
+/// what streams that nobody reads hold (512 of the agent's, a window and a socket buffer each).
+const OVERHEAD: u64 = 320 << 20;
 
 /// The name server that every guest is given: the gateway of its own network.
 const GATEWAY_DNS: &str = "10.213.0.1";
