@@ -32,7 +32,8 @@ test: setup ## Formatting, lints, unit tests, end-to-end scenarios.
 	@.ci/test.sh
 
 bench: images ## Measures; prints the table of docs/performance.md.
-	$(TARGET)/release/qemu-test bench
+	peer=$$($(TARGET)/release/image-builder peer-qemu) && \
+	    $(TARGET)/release/qemu-test bench --peer "$$peer/peer-qemu.cpio"
 
 advisories: setup ## Asks the advisory database about our dependencies (needs the network).
 	$(DENY) check advisories

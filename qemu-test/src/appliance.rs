@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::busybox::{self, BusyboxError};
 use crate::console::{self, ConsoleError};
-use crate::cpio::CpioError;
+use crate::cpio::{CpioError, pad};
 use crate::instance::{self, Home, Instance, InstanceError, Start};
 use crate::probe::Probe;
 use crate::qemu::{Accelerator, file};
@@ -86,6 +86,8 @@ pub(crate) struct Layout {
     pub(crate) image: PathBuf,
     /// The instance's directory.
     pub(crate) home: PathBuf,
+    /// One more archive for the appliance's first root.
+    pub(crate) extra: Option<PathBuf>,
 }
 
 /// How to boot.
@@ -124,9 +126,14 @@ impl Appliance {
         let lock = home.lock()?;
         let token = token(&home, "token")?;
         let other_token = self::token(&home, "token.other")?;
-        let image = layout.image.join("initramfs.cpio");
-        let image =
-            std::fs::read(&image).map_err(|cause| ApplianceError::Image { path: image, cause })?;
+        let read = |path: PathBuf| {
+            std::fs::read(&path).map_err(|cause| ApplianceError::Image { path, cause })
+        };
+        let mut image = read(layout.image.join("initramfs.cpio"))?;
+        if let Some(extra) = &layout.extra {
+            pad(&mut image);
+            image.extend_from_slice(&read(extra.clone())?);
+        }
         let settings = settings::settings(boot.options, &token, &other_token)?;
         let initramfs = settings::initramfs(image, &settings, &busybox::load()?)?;
         home.write_private(file::INITRAMFS, &initramfs)?;

@@ -1,7 +1,7 @@
 //! The measurements that docs/performance.md shows, as a Markdown table. They are taken, never
 //! asserted: a slow machine makes large numbers, not a failure.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use client::{Client, Command, Output};
@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout};
 use crate::appliance::{Appliance, Boot, Layout};
 use crate::qemu::Accelerator;
 use crate::settings::Options;
-use crate::{show_tail, vm};
+use crate::{peer, show_tail, vm};
 
 const DEADLINE: Duration = Duration::from_secs(1200);
 const CREATES: usize = 5;
@@ -35,8 +35,8 @@ enum BenchError {
 }
 
 /// Measures; `target` holds the programs whose sizes are shown.
-pub(crate) async fn bench(layout: &Layout, target: &Path) -> u8 {
-    let measured = timeout(DEADLINE, measure(layout, target)).await;
+pub(crate) async fn bench(layout: &Layout, target: &Path, peer: Option<PathBuf>) -> u8 {
+    let measured = timeout(DEADLINE, measure_all(layout, target, peer)).await;
     match measured.unwrap_or(Err(BenchError::Deadline)) {
         Ok(()) => 0,
         Err(error) => {
@@ -47,14 +47,44 @@ pub(crate) async fn bench(layout: &Layout, target: &Path) -> u8 {
     }
 }
 
-async fn measure(layout: &Layout, target: &Path) -> Result<(), BenchError> {
-    let boot = Boot {
-        options: Options::default(),
-        keep_data: false,
-        deadline: DEADLINE + Duration::from_secs(60),
-        attached: true,
+const BOOT: Boot = Boot {
+    options: Options::DEFAULT,
+    keep_data: false,
+    deadline: Duration::from_secs(DEADLINE.as_secs() + 60),
+    attached: true,
+};
+
+async fn measure_all(
+    layout: &Layout,
+    target: &Path,
+    peer: Option<PathBuf>,
+) -> Result<(), BenchError> {
+    measure(layout, target).await?;
+    match peer {
+        Some(archive) => measure_peer(layout, archive).await,
+        None => Ok(()),
+    }
+}
+
+async fn measure_peer(layout: &Layout, archive: PathBuf) -> Result<(), BenchError> {
+    let layout = Layout {
+        extra: Some(archive),
+        ..layout.clone()
     };
-    let appliance = Appliance::boot(layout, boot).await?;
+    let appliance = Appliance::boot(&layout, BOOT).await?;
+    let mut probe = appliance.probe().await?;
+    let mut firsts = Vec::new();
+    for _ in 0..CREATES {
+        firsts.push(peer::first_output(&mut probe).await?);
+    }
+    let label = format!("peer: `qemu -M microvm` to first output, median of {CREATES}");
+    row(&label, spread(&mut firsts));
+    appliance.home().power_off().await?;
+    Ok(())
+}
+
+async fn measure(layout: &Layout, target: &Path) -> Result<(), BenchError> {
+    let appliance = Appliance::boot(layout, BOOT).await?;
     let client = appliance.client().await?;
     println!("Measured with {} on 2 CPUs.\n", Accelerator::detect());
     println!("| What | Value |\n|---|---|");
@@ -69,7 +99,7 @@ async fn measure(layout: &Layout, target: &Path) -> Result<(), BenchError> {
         client.delete(vm::reference(&made)).await?;
     }
     let label = format!("create to first command's output, median of {CREATES}");
-    row(&label, seconds(quantile(&mut firsts, 50)));
+    row(&label, spread(&mut firsts));
 
     let made = vm::create(&client, |_| {}).await?;
     let mut trips = Vec::new();
@@ -128,6 +158,16 @@ fn row(what: &str, value: String) {
 
 fn seconds(time: Duration) -> String {
     format!("{:.2} s", time.as_secs_f64())
+}
+
+/// The median, and the least and the most.
+fn spread(times: &mut [Duration]) -> String {
+    format!(
+        "{} ({} to {})",
+        seconds(quantile(times, 50)),
+        seconds(quantile(times, 0)),
+        seconds(quantile(times, 100))
+    )
 }
 
 fn millis(time: Duration) -> String {

@@ -51,7 +51,7 @@ pub(crate) async fn demo(layout: &Layout) -> u8 {
 async fn steps(layout: &Layout) -> Result<(), DemoError> {
     println!("Booting the appliance in QEMU: {}.", Accelerator::detect());
     let boot = Boot {
-        options: Options::default(),
+        options: Options::DEFAULT,
         keep_data: false,
         deadline: DEADLINE + Duration::from_secs(60),
         attached: true,

@@ -9,6 +9,7 @@ mod console;
 mod cpio;
 mod demo;
 mod instance;
+mod peer;
 mod probe;
 mod qemu;
 mod qmp;
@@ -78,7 +79,11 @@ enum Command {
     /// Lists the scenarios.
     List,
     /// Measures and prints a Markdown table.
-    Bench,
+    Bench {
+        /// The archive that `image-builder peer-qemu` made: QEMU, to be measured beside us.
+        #[arg(long)]
+        peer: Option<PathBuf>,
+    },
     #[command(hide = true)]
     Watch(watch::WatchArgs),
 }
@@ -137,6 +142,7 @@ async fn command(arguments: Arguments) -> u8 {
             "" => base.clone(),
             name => base.join(name),
         },
+        extra: None,
     };
     let done = match arguments.command {
         Command::Up { fresh, hours } => up(&layout(""), fresh, hours).await,
@@ -151,7 +157,9 @@ async fn command(arguments: Arguments) -> u8 {
             }
             Ok(())
         }
-        Command::Bench => return bench::bench(&layout("bench"), &arguments.target).await,
+        Command::Bench { peer } => {
+            return bench::bench(&layout("bench"), &arguments.target, peer).await;
+        }
         Command::Watch(_) => Ok(()),
     };
     match done {
@@ -165,7 +173,7 @@ async fn command(arguments: Arguments) -> u8 {
 
 async fn up(layout: &Layout, fresh: bool, hours: u64) -> Result<(), ApplianceError> {
     let boot = Boot {
-        options: Options::default(),
+        options: Options::DEFAULT,
         keep_data: !fresh,
         deadline: Duration::from_secs(hours.saturating_mul(3600)),
         attached: false,

@@ -40,10 +40,7 @@ pub(crate) struct Scenario {
 /// A scenario that is being played.
 pub(crate) type Play<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + 'a>>;
 
-const DEFAULT: Options = Options {
-    boot_deadline_s: 180,
-    stuck_guest: false,
-};
+const DEFAULT: Options = Options::DEFAULT;
 
 /// Its VMs never come up.
 const STUCK: Options = Options {

@@ -28,7 +28,7 @@ async fn a_vm_is_created_stopped_started_and_deleted() {
             state.configured[0].env,
             [("COLOUR".to_owned(), "blue".to_owned())]
         );
-        assert_eq!(state.spawned[0].memory_max, (256 + 64) << 20);
+        assert_eq!(state.spawned[0].memory_max, (256 + 320) << 20);
         let expected = if nix::unistd::geteuid().is_root() {
             200_000
         } else {
