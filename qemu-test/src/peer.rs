@@ -19,7 +19,7 @@ fn machine() -> String {
         "console=ttyS0 quiet root=/dev/vda rw init=/bin/sh -- -c \\\"echo {SIGN}; exec sleep 600\\\""
     );
     [
-        "qemu-system-x86_64 -M microvm,acpi=on,pit=off,pic=off -accel kvm -cpu host -smp 2 -m 1024",
+        "TMPDIR=/run qemu-system-x86_64 -M microvm,acpi=on,pit=off,pic=off -accel kvm -cpu host -smp 2 -m 1024",
         "-nodefaults -no-user-config -display none -no-reboot -serial file:/run/peer.log",
         "-kernel /usr/lib/supvm/guest/vmlinux",
         &format!("-append \"{append}\""),
