@@ -20,11 +20,24 @@ const SETTINGS: &[(&str, &str)] = &[
     ("net/core/somaxconn", "4096"),
 ];
 
+/// Lets monitors have guest memory, which is a memory file, in pages of 2 MiB: fewer faults while a
+/// guest boots, shorter walks of its page tables ever after.
+const LARGE_PAGES: (&str, &str) = (
+    "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    "advise",
+);
+
 /// Sets them. What this kernel does not have is told and done without.
 pub(super) fn apply() {
     for (name, value) in SETTINGS {
-        if let Err(error) = fs::write(format!("/proc/sys/{name}"), value) {
-            tracing::warn!(name, value, %error, "kernel setting not made");
-        }
+        set(&format!("/proc/sys/{name}"), value);
+    }
+    let (path, value) = LARGE_PAGES;
+    set(path, value);
+}
+
+fn set(path: &str, value: &str) {
+    if let Err(error) = fs::write(path, value) {
+        tracing::warn!(path, value, %error, "kernel setting not made");
     }
 }

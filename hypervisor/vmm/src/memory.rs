@@ -84,6 +84,9 @@ pub(crate) fn map(file: File, mib: u32) -> Result<GuestMemoryMmap, MemoryError> 
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .build()?;
+        // Where the host allows it; small pages do as well.
+        // SAFETY: the range is the mapping just made; the advice changes no content.
+        unsafe { libc::madvise(mapping.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
         let region =
             GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Unfit(start))?;
         regions.push(region);

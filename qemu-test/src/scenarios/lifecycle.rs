@@ -13,6 +13,7 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
     let made = vm::create(client, |request| {
         request.labels = vec![("purpose".into(), "test".into())];
         request.name = "first".parse().ok();
+        request.cpus = Some(1);
     })
     .await?;
     ensure(made.state == VmState::Running, || format!("{made:?}"))?;
@@ -28,8 +29,6 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
         uname.starts_with("Linux 6.12") && uname.ends_with(&hostname),
         || uname.clone(),
     )?;
-    let processors = context.shell(&made, "nproc").await?;
-    ensure(processors == "2", || processors.clone())?;
     let python = ["python3", "-c", "print(6 * 7)"];
     let python = vm::run(client, &made, Command::argv(python)).await?;
     ensure(python.stdout == "42\n", || format!("{python:?}"))?;
@@ -69,6 +68,27 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
     ensure(!left.contains("vm-") && left.ends_with("monitors:"), || {
         format!("left over: {left}")
     })
+}
+
+pub(crate) async fn a_vm_that_asks_for_nothing_gets_the_default_size(
+    context: &mut Context,
+) -> Result<(), Failure> {
+    let made = vm::create(&context.client, |_| {}).await?;
+    ensure(
+        (made.cpus, made.memory_mib, made.disk_mib) == (2, 1024, 10 << 10),
+        || format!("{made:?}"),
+    )?;
+    let size = context
+        .shell(&made, "nproc; awk '/^MemTotal:/ {print $2}' /proc/meminfo")
+        .await?;
+    let (cpus, memory_kib) = size.split_once('\n').unwrap_or((&size, ""));
+    let memory_kib: u32 = memory_kib.trim().parse()?;
+    // The kernel keeps a part for itself.
+    ensure(
+        cpus == "2" && (900 << 10..1 << 20).contains(&memory_kib),
+        || size.clone(),
+    )?;
+    context.delete(&made).await
 }
 
 pub(crate) async fn commands_get_arguments_environment_and_directory(

@@ -62,6 +62,7 @@ macro_rules! scenarios {
 
 scenarios! {
     lifecycle::a_vm_is_made_used_stopped_started_and_deleted, 240, DEFAULT;
+    lifecycle::a_vm_that_asks_for_nothing_gets_the_default_size, 180, DEFAULT;
     lifecycle::commands_get_arguments_environment_and_directory, 180, DEFAULT;
     lifecycle::a_create_repeated_with_its_key_makes_one_vm, 180, DEFAULT;
     guest::the_disk_grows_to_what_was_asked_for, 180, DEFAULT;
