@@ -1,8 +1,9 @@
 //! A flood of output: memory stays flat, and others are still served.
 //!
 //! With two CPUs per machine this load under QEMU's emulated SVM ended again and again in a
-//! shutdown of a vCPU and in a corrupted stack of the appliance's own kernel. The latter no process
-//! of ours can cause, so the emulation is suspected; nobody has seen it on hardware or proven it.
+//! shutdown of a vCPU and in a corrupted stack of the appliance's own kernel, which no process of
+//! ours can cause. One of two busy two-CPU machines of QEMU's own (`-M microvm`) died in the same
+//! place after some minutes too, without a word: the emulation is at fault, as far as can be seen.
 
 use std::time::Duration;
 
