@@ -64,7 +64,7 @@ async fn steps(layout: &Layout) -> Result<(), DemoError> {
 
     let client = appliance.client().await?;
     let begun = Instant::now();
-    let made = vm::create(&client, |_| {}).await?;
+    let made = vm::create_default(&client).await?;
     let what = format!(
         "created {} ({} CPUs, {} MiB memory, {} MiB disk, {} {})",
         made.id, made.cpus, made.memory_mib, made.disk_mib, made.template, made.template_version

@@ -73,7 +73,7 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
 pub(crate) async fn a_vm_that_asks_for_nothing_gets_the_default_size(
     context: &mut Context,
 ) -> Result<(), Failure> {
-    let made = vm::create(&context.client, |_| {}).await?;
+    let made = vm::create_default(&context.client).await?;
     ensure(
         (made.cpus, made.memory_mib, made.disk_mib) == (2, 1024, 10 << 10),
         || format!("{made:?}"),
