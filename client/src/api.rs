@@ -26,6 +26,10 @@ const RETRIES: u32 = 5;
 /// The longest pause before a repeated request, whatever the appliance asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// The longest first message that is sent along with an `OpenVm`. What the appliance has no room
+/// for before the answer would keep us from reading the answer.
+const MOST_BEHIND: usize = 64 << 10;
+
 /// A create request with a fresh key and nothing but defaults.
 pub fn new_vm() -> Result<CreateVm, ClientError> {
     let mut key = [0; 16];
@@ -149,7 +153,7 @@ impl Client {
     ) -> Result<A, ClientError> {
         let mut repeats = 0;
         loop {
-            let error = match self.once(request).await {
+            let error = match self.once(request, &[]).await {
                 Ok((answer, _)) => return Ok(answer),
                 Err(error) => error,
             };
@@ -162,14 +166,18 @@ impl Client {
         }
     }
 
-    /// One request and its answer; the stream may be the agent's after that.
+    /// One request and its answer; the stream may be the agent's after that. `behind` is sent
+    /// behind the request without waiting for the answer.
     async fn once<Q: Message, A: Message>(
         &self,
         request: &Q,
+        behind: &[u8],
     ) -> Result<(A, (Frames<Io>, Place)), ClientError> {
+        let mut bytes = frames::encode(request)?;
+        bytes.extend_from_slice(behind);
         let mut stream = self.connection.stream().await?;
         let explain = |error| self.connection.explain(error);
-        frames::write(&mut stream.io, request)
+        frames::write_bytes(&mut stream.io, &bytes)
             .await
             .map_err(explain)?;
         let mut frames = Frames::new(stream.io);
@@ -213,12 +221,17 @@ pub struct Vm {
 impl Vm {
     /// Opens a stream to the VM's agent, starting the VM if it is stopped.
     pub async fn open(&self) -> Result<AgentStream, ClientError> {
+        self.open_with(&[]).await
+    }
+
+    /// The same, with bytes for the agent sent along, which saves waiting for the answer first.
+    async fn open_with(&self, behind: &[u8]) -> Result<AgentStream, ClientError> {
         let request = OpenVm {
             vm: self.vm.clone(),
         };
         let mut repeats = 0;
         loop {
-            let error = match self.client.once::<_, Opened>(&request).await {
+            let error = match self.client.once::<_, Opened>(&request, behind).await {
                 Ok((opened, (frames, place))) => {
                     let (io, before) = frames.into_parts();
                     return Ok(AgentStream {
@@ -241,8 +254,11 @@ impl Vm {
     /// Runs a command.
     pub async fn exec(&self, command: Command) -> Result<Execution, ClientError> {
         let request = command.into_request()?;
-        let stream = self.open().await?;
-        Execution::start(stream, &request).await
+        let bytes = frames::encode(&request)?;
+        if bytes.len() > MOST_BEHIND {
+            return Execution::start(self.open().await?, &request).await;
+        }
+        Ok(Execution::on(self.open_with(&bytes).await?))
     }
 }
 

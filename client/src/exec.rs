@@ -123,16 +123,24 @@ type Io = Compat<yamux::Stream>;
 
 impl Execution {
     /// Starts the command on an agent's stream.
-    pub async fn start(stream: AgentStream, request: &StartProcess) -> Result<Self, ClientError> {
-        let (read, mut write) = tokio::io::split(stream.io);
-        frames::write(&mut write, request).await?;
-        Ok(Self {
+    pub async fn start(
+        mut stream: AgentStream,
+        request: &StartProcess,
+    ) -> Result<Self, ClientError> {
+        frames::write(&mut stream.io, request).await?;
+        Ok(Self::on(stream))
+    }
+
+    /// The command whose request was sent on this stream already.
+    pub(crate) fn on(stream: AgentStream) -> Self {
+        let (read, write) = tokio::io::split(stream.io);
+        Self {
             frames: Frames::resume(read, &stream.before),
             input: Input(Arc::new(Mutex::new(write))),
             started: false,
             ended: None,
             _place: stream.place,
-        })
+        }
     }
 
     /// What happens next; none when the command has ended: see [`Execution::ended`]. Dropping the

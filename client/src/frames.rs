@@ -1,6 +1,6 @@
 //! Frames off a stream and onto it. At most one frame and one read's bytes are held.
 
-use protocol::frame::{MAX_BODY, header_for};
+use protocol::frame::{self, HEADER_LEN, MAX_BODY};
 use protocol::{Frame, FrameReader, Kind, Message};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -76,9 +76,7 @@ pub(crate) async fn write<M: Message, W: AsyncWrite + Unpin>(
     writer: &mut W,
     message: &M,
 ) -> Result<(), ClientError> {
-    let body = protocol::message::encode_body(message)
-        .map_err(|error| ClientError::Unsendable(error.to_string()))?;
-    write_raw(writer, M::KIND, &body).await
+    write_bytes(writer, &encode(message)?).await
 }
 
 /// Writes one frame.
@@ -87,15 +85,34 @@ pub(crate) async fn write_raw<W: AsyncWrite + Unpin>(
     kind: Kind,
     body: &[u8],
 ) -> Result<(), ClientError> {
-    let header = header_for(kind, body.len()).map_err(|_| {
-        ClientError::Unsendable(format!("{} bytes; at most {MAX_BODY} fit", body.len()))
-    })?;
+    write_bytes(writer, &framed(kind, body)?).await
+}
+
+/// Writes whole frames at once: every write of its own is a packet of its own.
+pub(crate) async fn write_bytes<W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    bytes: &[u8],
+) -> Result<(), ClientError> {
     let written = async {
-        writer.write_all(&header).await?;
-        writer.write_all(body).await?;
+        writer.write_all(bytes).await?;
         writer.flush().await
     };
     written
         .await
         .map_err(|error: std::io::Error| ClientError::Lost(error.to_string()))
+}
+
+/// A message as a frame.
+pub(crate) fn encode<M: Message>(message: &M) -> Result<Vec<u8>, ClientError> {
+    let body = protocol::message::encode_body(message)
+        .map_err(|error| ClientError::Unsendable(error.to_string()))?;
+    framed(M::KIND, &body)
+}
+
+fn framed(kind: Kind, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+    let mut bytes = Vec::with_capacity(HEADER_LEN.saturating_add(body.len()));
+    frame::append(&mut bytes, kind, body).map_err(|_| {
+        ClientError::Unsendable(format!("{} bytes; at most {MAX_BODY} fit", body.len()))
+    })?;
+    Ok(bytes)
 }

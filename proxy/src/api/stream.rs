@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use protocol::frame::{HEADER_LEN, Header, header_for};
+use protocol::frame::{HEADER_LEN, Header};
 use protocol::hello::{GENERATION, Hello, MAX_TOKEN};
 use protocol::vm::MAX_REQUEST;
 use protocol::{ErrorBody, ErrorCode, Frame, FrameError, Kind};
@@ -294,10 +294,11 @@ async fn respond(stream: &mut Compat<Stream>, frame: &Frame) -> Result<(), Strea
 }
 
 async fn write_frame(stream: &mut Compat<Stream>, frame: &Frame) -> Result<(), StreamError> {
-    let header = header_for(frame.kind, frame.body.len())?;
+    // At once: every write of its own is a packet of its own.
+    let mut bytes = Vec::with_capacity(HEADER_LEN.saturating_add(frame.body.len()));
+    protocol::frame::append(&mut bytes, frame.kind, &frame.body)?;
     let write = async {
-        stream.write_all(&header).await?;
-        stream.write_all(&frame.body).await?;
+        stream.write_all(&bytes).await?;
         stream.flush().await
     };
     match tokio::time::timeout(ANSWER, write).await {
