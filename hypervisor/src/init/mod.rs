@@ -1,6 +1,7 @@
 //! PID 1 of the appliance: mounts, modules, disks, network set-up, power, and the supervisor on top.
 //! It parses nothing that comes from a network, and it must never end but by stopping the machine.
 
+mod console;
 mod disks;
 mod modules;
 mod mounts;
@@ -19,6 +20,7 @@ use nix::sys::reboot::{RebootMode, reboot, set_cad_enabled};
 use nix::sys::resource::{Resource, setrlimit};
 use protocol::host::supervisor::Lease;
 
+use self::console::Console;
 use self::disks::Disks;
 use self::modules::Modules;
 use self::modules::loader::Loader;
@@ -38,6 +40,8 @@ const RUN: &str = "/run/supvm";
 const SETTINGS: &str = "/etc/supvm.toml";
 /// User that net runs as.
 const NET_UID: u32 = 190_002;
+/// How long the last lines may take to the console.
+const CONSOLE_WITHIN: Duration = Duration::from_secs(2);
 /// How long the data disk may take to appear before its absence is told.
 const DATA_WITHIN: Duration = Duration::from_secs(20);
 /// How long the system slot may take once the data disk is there.
@@ -64,12 +68,14 @@ enum InitError {
 
 /// Runs the machine until it is powered off.
 pub fn run() -> ! {
+    // Without it the console is written directly.
+    let console = Console::take_over().ok();
     let outcome = match std::panic::catch_unwind(run_machine) {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(error)) => fail(&error.to_string()),
         Err(_) => fail("init panicked"),
     };
-    stop(outcome)
+    stop(outcome, console)
 }
 
 fn fail(error: &str) -> Outcome {
@@ -82,13 +88,16 @@ fn fail(error: &str) -> Outcome {
     Outcome::Restart
 }
 
-fn stop(outcome: Outcome) -> ! {
+fn stop(outcome: Outcome, console: Option<Console>) -> ! {
     mounts::unmount_disks();
     let (mode, what) = match outcome {
         Outcome::PowerOff => (RebootMode::RB_POWER_OFF, "powering off"),
         Outcome::Restart => (RebootMode::RB_AUTOBOOT, "restarting"),
     };
     tracing::info!("{what}");
+    if let Some(console) = console {
+        console.finish(CONSOLE_WITHIN);
+    }
     let Err(error) = reboot(mode);
     tracing::error!(%error, "{what} failed; halting");
     loop {

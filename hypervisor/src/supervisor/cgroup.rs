@@ -67,6 +67,13 @@ impl Groups {
     }
 }
 
+impl Drop for Groups {
+    /// Leaves nothing behind; another supervisor's groups in it keep it.
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.directory);
+    }
+}
+
 impl Group {
     /// Ends whatever is left in it and removes it.
     pub(super) fn remove(self) -> io::Result<()> {
