@@ -29,6 +29,8 @@ use std::sync::Arc;
 
 use tokio::net::UnixListener;
 
+pub use api::quiet::Quiet;
+
 /// Why proxy cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {

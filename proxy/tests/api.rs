@@ -220,6 +220,25 @@ async fn an_agent_that_ends_first_still_gets_the_clients_bytes() {
 }
 
 #[tokio::test]
+async fn the_last_words_of_an_agent_that_left_reach_a_client_that_still_sends() {
+    let proxy = Proxy::start();
+    let control = proxy.control();
+    let client = Client::welcomed(&proxy, &control).await;
+    let (mut stream, mut agent) = client.opened(&control).await;
+    // The agent reads nothing, so what the client sends waits in the relay.
+    tokio::select! {
+        _ = stream.inner.write_all(&[5; 4 << 20]) => panic!("nobody reads"),
+        () = tokio::time::sleep(std::time::Duration::from_millis(300)) => {}
+    }
+    let words = [7; 50_000];
+    agent.write_all(&words).await.unwrap();
+    drop(agent);
+    let mut heard = Vec::new();
+    stream.inner.read_to_end(&mut heard).await.unwrap();
+    assert!(heard == words);
+}
+
+#[tokio::test]
 async fn frames_sent_right_behind_an_open_reach_the_agent() {
     let proxy = Proxy::start();
     let control = proxy.control();

@@ -34,7 +34,12 @@ where
     let gate = Gate::default();
     let gated = Gated::new(socket, gate.clone(), BEFORE_HELLO);
     let mut connection = yamux::Connection::new(gated.compat(), config(max_streams), Mode::Server);
-    let session = Arc::new(Session::new(Arc::clone(&shared.desk), gate, max_streams));
+    let session = Arc::new(Session::new(
+        Arc::clone(&shared.desk),
+        peer.clone(),
+        gate,
+        max_streams,
+    ));
     let mut greeting = session.greeting();
     let mut streams = JoinSet::new();
     let mut first = true;
@@ -102,6 +107,12 @@ fn log_stream(
 ) {
     match ended {
         Ok(Ok(())) => {}
+        Ok(Err(error @ (stream::StreamError::Frame(_) | stream::StreamError::TooSlow(_)))) => {
+            static QUIET: Quiet = Quiet::new();
+            if let Some(left_out) = QUIET.allow() {
+                tracing::info!(peer, %error, left_out, "stream ended early");
+            }
+        }
         Ok(Err(error)) => tracing::debug!(peer, %error, "stream ended early"),
         Err(error) if error.is_panic() => {
             let panics = shared

@@ -15,6 +15,13 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 /// each they hold at most 60 MiB.
 const MAX_PENDING: usize = 1024;
 
+/// How many of them may carry the same token, so that one client leaves room for others.
+const MAX_PER_TOKEN: usize = MAX_PENDING / 2;
+
+/// Most `Hello`s that wait for an answer. They have room of their own: whoever fills the other one
+/// keeps nobody from being let in.
+const MAX_GREETINGS: usize = 128;
+
 /// How long a request waits while there is no control to send it to.
 const WITHOUT_CONTROL: Duration = Duration::from_secs(15);
 
@@ -44,6 +51,7 @@ pub(crate) struct Desk {
     /// Whether some control is connected.
     control: watch::Sender<bool>,
     room: Arc<Semaphore>,
+    greetings: Arc<Semaphore>,
     without_control: Duration,
 }
 
@@ -87,6 +95,7 @@ impl Desk {
             mail: Notify::new(),
             control: watch::Sender::new(false),
             room: Arc::new(Semaphore::new(MAX_PENDING)),
+            greetings: Arc::new(Semaphore::new(MAX_GREETINGS)),
             without_control,
         }
     }
@@ -98,11 +107,20 @@ impl Desk {
         kind: Kind,
         body: Vec<u8>,
     ) -> Result<Answer, ErrorBody> {
-        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+        let (room, in_share) = match kind {
+            Kind::HELLO => (&self.greetings, true),
+            _ => (&self.room, self.share(&token) < MAX_PER_TOKEN),
+        };
+        let Ok(room) = Arc::clone(room).try_acquire_owned() else {
             return Err(unavailable(
                 "the appliance has as many requests under way as it can hold; try again shortly",
             ));
         };
+        if !in_share {
+            return Err(unavailable(
+                "this token has as many requests under way as it may have; wait for one to end",
+            ));
+        }
         let (answer, mut answered) = oneshot::channel();
         let ticket = self.submit(token, kind, body, answer, room);
         let _abandon = AbandonOnDrop { desk: self, ticket };
@@ -129,6 +147,13 @@ impl Desk {
                 }
             }
         }
+    }
+
+    /// How many requests with this token wait for an answer.
+    fn share(&self, token: &str) -> usize {
+        let state = self.lock();
+        let same = |pending: &&Pending| pending.request.token == token;
+        state.pending.values().filter(same).count()
     }
 
     /// A new control is there; whatever the one before it had is taken back. Gives the new one's
@@ -326,8 +351,16 @@ mod tests {
     use super::*;
 
     fn ask(desk: &Arc<Desk>, kind: Kind) -> tokio::task::JoinHandle<Result<Answer, ErrorBody>> {
+        ask_with(desk, "t", kind)
+    }
+
+    fn ask_with(
+        desk: &Arc<Desk>,
+        token: &'static str,
+        kind: Kind,
+    ) -> tokio::task::JoinHandle<Result<Answer, ErrorBody>> {
         let desk = Arc::clone(desk);
-        tokio::spawn(async move { desk.ask("t".into(), kind, vec![1]).await })
+        tokio::spawn(async move { desk.ask(token.into(), kind, vec![1]).await })
     }
 
     async fn next_ticket(desk: &Desk, incarnation: u64) -> u64 {
@@ -423,12 +456,28 @@ mod tests {
     #[tokio::test]
     async fn more_requests_than_there_is_room_for_are_refused() {
         let desk = Arc::new(Desk::new());
-        let waiting: Vec<_> = (0..MAX_PENDING).map(|_| ask(&desk, Kind::GET_VM)).collect();
+        let one = (0..MAX_PER_TOKEN).map(|_| ask(&desk, Kind::GET_VM));
+        let mut waiting: Vec<_> = one.collect();
+        while desk.room.available_permits() > MAX_PENDING - MAX_PER_TOKEN {
+            tokio::task::yield_now().await;
+        }
+        // The first client has had its share, the others have theirs.
+        let error = ask(&desk, Kind::GET_VM).await.unwrap().unwrap_err();
+        assert!(error.message.starts_with("this token"), "{error}");
+        for _ in MAX_PER_TOKEN..MAX_PENDING {
+            waiting.push(ask_with(&desk, "other", Kind::GET_VM));
+        }
         while desk.room.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
-        let error = ask(&desk, Kind::GET_VM).await.unwrap().unwrap_err();
-        assert_eq!(error.code, ErrorCode::Unavailable);
+        let error = ask_with(&desk, "third", Kind::GET_VM).await.unwrap();
+        let error = error.unwrap_err();
+        assert!(error.message.starts_with("the appliance has"), "{error}");
+        let hello = ask_with(&desk, "third", Kind::HELLO);
+        while desk.greetings.available_permits() == MAX_GREETINGS {
+            tokio::task::yield_now().await;
+        }
+        hello.abort();
         waiting.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }

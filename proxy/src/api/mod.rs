@@ -7,7 +7,7 @@ pub(crate) mod control;
 mod desk;
 mod gate;
 pub(crate) mod listen;
-mod quiet;
+pub(crate) mod quiet;
 mod relay;
 mod session;
 mod stream;

@@ -17,8 +17,9 @@ const BUFFER: usize = 64 << 10;
 
 /// Runs until both ways have ended or one has failed.
 pub(crate) async fn relay(client: &mut Compat<Stream>, agent: &mut UnixStream) -> io::Result<()> {
-    let mut up = Way::new();
-    let mut down = Way::new();
+    // An agent that has ended may still have something to say: only what it sent ends its way.
+    let mut up = Way::new(Refusal::Discards);
+    let mut down = Way::new(Refusal::Ends);
     poll_fn(|cx| {
         let up_ended = up.poll(cx, client, agent)?;
         // A reset reads like an end, but leaves the stream closed both ways before we closed ours.
@@ -31,7 +32,9 @@ pub(crate) async fn relay(client: &mut Compat<Stream>, agent: &mut UnixStream) -
             let _ = Pin::new(&mut *client).poll_read(cx, &mut ReadBuf::new(&mut []));
         }
         let down_ended = down.poll(cx, agent, client)?;
-        if up_ended.is_ready() && down_ended.is_ready() {
+        // Nobody takes what the client sends, and it has been told that nothing more comes.
+        let deaf = up.discarding && down.closed;
+        if down_ended.is_ready() && (up_ended.is_ready() || deaf) {
             Poll::Ready(Ok(()))
         } else {
             Poll::Pending
@@ -40,8 +43,20 @@ pub(crate) async fn relay(client: &mut Compat<Stream>, agent: &mut UnixStream) -
     .await
 }
 
+/// What a writer that takes no more means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// The end of both ways.
+    Ends,
+    /// What comes for it from then on is thrown away.
+    Discards,
+}
+
 /// One direction.
 struct Way {
+    refusal: Refusal,
+    /// The writer takes no more.
+    discarding: bool,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -54,8 +69,10 @@ struct Way {
 }
 
 impl Way {
-    fn new() -> Self {
+    fn new(refusal: Refusal) -> Self {
         Self {
+            refusal,
+            discarding: false,
             buffer: vec![0; BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
@@ -91,16 +108,25 @@ impl Way {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+            if self.discarding {
+                self.start = self.end;
+            }
             if !self.is_empty() {
                 let waiting = self.buffer.get(self.start..self.end).unwrap_or_default();
-                let written = ready!(Pin::new(&mut *writer).poll_write(cx, waiting))?;
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                match ready!(Pin::new(&mut *writer).poll_write(cx, waiting)) {
+                    Ok(0) => self.refused(io::ErrorKind::WriteZero.into())?,
+                    Ok(written) => {
+                        self.start = self.start.saturating_add(written);
+                        self.unflushed = true;
+                    }
+                    Err(error) => self.refused(error)?,
                 }
-                self.start = self.start.saturating_add(written);
-                self.unflushed = true;
             } else if self.ended {
-                ready!(Pin::new(&mut *writer).poll_shutdown(cx))?;
+                if !self.discarding
+                    && let Err(error) = ready!(Pin::new(&mut *writer).poll_shutdown(cx))
+                {
+                    self.refused(error)?;
+                }
                 self.closed = true;
             } else {
                 let mut room = ReadBuf::new(&mut self.buffer);
@@ -111,13 +137,25 @@ impl Way {
                         self.ended = self.end == 0;
                     }
                     Poll::Pending => {
-                        if self.unflushed {
-                            ready!(Pin::new(&mut *writer).poll_flush(cx))?;
+                        if self.unflushed && !self.discarding {
+                            if let Err(error) = ready!(Pin::new(&mut *writer).poll_flush(cx)) {
+                                self.refused(error)?;
+                            }
                             self.unflushed = false;
                         }
                         return Poll::Pending;
                     }
                 }
+            }
+        }
+    }
+
+    fn refused(&mut self, error: io::Error) -> io::Result<()> {
+        match self.refusal {
+            Refusal::Ends => Err(error),
+            Refusal::Discards => {
+                self.discarding = true;
+                Ok(())
             }
         }
     }

@@ -38,6 +38,8 @@ pub(crate) enum Greeting {
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) desk: Arc<Desk>,
+    /// Who it is, for the log.
+    pub(crate) peer: String,
     greeting: watch::Sender<Greeting>,
     gate: Gate,
     seats: Arc<Semaphore>,
@@ -46,10 +48,11 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(desk: Arc<Desk>, gate: Gate, max_streams: u32) -> Self {
+    pub(crate) fn new(desk: Arc<Desk>, peer: String, gate: Gate, max_streams: u32) -> Self {
         let seats = usize::try_from(max_streams).unwrap_or(1);
         Self {
             desk,
+            peer,
             greeting: watch::Sender::new(Greeting::Awaited),
             gate,
             seats: Arc::new(Semaphore::new(seats)),

@@ -18,6 +18,7 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use yamux::Stream;
 
 use super::desk::Answer;
+use super::quiet::Quiet;
 use super::relay::relay;
 use super::session::{Greeting, Session};
 
@@ -58,6 +59,7 @@ pub(crate) async fn serve_first(stream: Stream, session: &Session) -> Result<(),
             return respond(&mut stream, &frame).await;
         }
         Ok(Err(refusal)) => {
+            log_refusal(session, &refusal);
             let told = respond_error(&mut stream, &refusal).await;
             session.greet(Greeting::Refused(refusal));
             return told;
@@ -80,6 +82,7 @@ pub(crate) async fn serve(stream: Stream, session: &Session) -> Result<(), Strea
                 session.max_streams
             ),
         );
+        log_refusal(session, &error);
         return respond_error(&mut stream, &error).await;
     };
     let (answer, seat) = match request(&mut stream, session).await? {
@@ -87,6 +90,7 @@ pub(crate) async fn serve(stream: Stream, session: &Session) -> Result<(), Strea
         Some(Err(refusal)) => {
             // The client counts a stream as ended when it has the answer.
             drop(seat);
+            log_refusal(session, &refusal);
             return respond_error(&mut stream, &refusal).await;
         }
         None => return Ok(()),
@@ -304,6 +308,21 @@ async fn write_frame(stream: &mut Compat<Stream>, frame: &Frame) -> Result<(), S
     match tokio::time::timeout(ANSWER, write).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(StreamError::TooSlow(ANSWER)),
+    }
+}
+
+/// What control refuses it logs itself, but it does not know from whom it came.
+fn log_refusal(session: &Session, refusal: &ErrorBody) {
+    static QUIET: Quiet = Quiet::new();
+    if let Some(left_out) = QUIET.allow() {
+        tracing::info!(
+            peer = session.peer,
+            code = ?refusal.code,
+            // Escaped: a client's own text may be in it.
+            error = ?refusal.message,
+            left_out,
+            "refused"
+        );
     }
 }
 
