@@ -11,6 +11,9 @@ use protocol::{ErrorCode, Frame, FrameError, FrameReader, Message, decode, encod
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+/// Characters that are kept of what an agent says about an error.
+const MOST_TEXT: usize = 512;
+
 /// Why the agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
@@ -55,7 +58,20 @@ async fn ask<Q: Message, A: Message>(stream: OwnedFd, question: &Q) -> Result<A,
     stream.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(stream)?;
     stream.write_all(&encode(question)?).await?;
-    Ok(decode(&read_frame(&mut stream).await?)?)
+    decode(&read_frame(&mut stream).await?).map_err(|error| AgentError::Message(harmless(error)))
+}
+
+/// What the agent says goes into the log and into the VM's record: it is short and on one line.
+fn harmless(error: MessageError) -> MessageError {
+    match error {
+        MessageError::Refused(mut body) => {
+            body.message = body.message.chars().take(MOST_TEXT).collect::<String>();
+            body.message = body.message.escape_debug().to_string();
+            body.detail.clear();
+            MessageError::Refused(body)
+        }
+        other => other,
+    }
 }
 
 async fn read_frame(stream: &mut UnixStream) -> Result<Frame, AgentError> {

@@ -15,6 +15,7 @@ use protocol::vm::{
     CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_REQUEST, OpenVm, Opened, StartVm, StopVm,
 };
 use protocol::{ErrorBody, ErrorCode, Kind, Message};
+use proxy::Quiet;
 
 use super::registry::Registry;
 use super::tokens::Tokens;
@@ -58,13 +59,28 @@ impl Answer {
     }
 }
 
+/// Strangers and impatient clients must not fill the log.
+fn log_refusal(kind: Kind, error: &ErrorBody) {
+    static QUIET: Quiet = Quiet::new();
+    if let Some(left_out) = QUIET.allow() {
+        tracing::info!(
+            %kind,
+            code = ?error.code,
+            // Escaped: a client's own text may be in it.
+            error = ?error.message,
+            left_out,
+            "request refused"
+        );
+    }
+}
+
 impl Requests {
     /// Answers one request.
     pub(crate) async fn answer(&self, request: &ApiRequest) -> Answer {
         match self.try_answer(request).await {
             Ok(answer) => answer,
             Err(error) => {
-                tracing::info!(kind = %Kind(request.kind), code = ?error.code, %error, "request refused");
+                log_refusal(Kind(request.kind), &error);
                 Answer::error(&error)
             }
         }

@@ -36,6 +36,20 @@ impl Kind {
             Self::DebugShell => "debug shell",
         }
     }
+
+    /// Where memory runs out all the same, clients' connections go before anybody's VM, and control
+    /// goes last. Without the right to say so it stays as it is.
+    fn stand_with_oom_killer(self, child: &Child) {
+        let score = match self {
+            Self::Proxy => "900",
+            Self::Control => "-900",
+            Self::Net | Self::DebugShell => return,
+        };
+        let file = format!("/proc/{}/oom_score_adj", child.pid().as_raw());
+        if let Err(error) = std::fs::write(file, score) {
+            tracing::debug!(service = self.name(), %error, "no place with the OOM killer");
+        }
+    }
 }
 
 /// What a service may do.
@@ -123,6 +137,7 @@ impl Service {
         match self.spawn(shared) {
             Ok((child, channel)) => {
                 tracing::info!(service = name, pid = child.pid().as_raw(), "started");
+                self.kind.stand_with_oom_killer(&child);
                 self.outbox = Outbox::default();
                 self.state = State::Running {
                     child,

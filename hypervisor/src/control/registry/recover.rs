@@ -7,8 +7,8 @@ use std::sync::Arc;
 use protocol::host::supervisor::Run;
 use protocol::vm::EndReason;
 
-use super::super::store::StoreError;
 use super::super::store::record::{RunState, VmRecord};
+use super::super::store::{StoreError, is_damage};
 use super::super::supervisor_client::{Exit, SupervisorError};
 use super::super::vm::{Beginning, end_run, give_up_run};
 use super::Registry;
@@ -30,11 +30,21 @@ impl Registry {
         }
         // Those found come newest first; the oldest are to be forgotten first.
         for deleted in deleted.into_iter().rev() {
+            if found.records.iter().any(|record| record.id == deleted.id) {
+                // The host went down inside the delete, before anything was gone.
+                self.host.store.forget_deleted(&deleted.id);
+                continue;
+            }
             let forgotten = self.inner().index.note_deleted(deleted);
             self.forget_deleted(&forgotten);
         }
         let mut stray: Vec<Run> = running.clone();
         stray.extend(ended.keys().cloned());
+        // What cannot be read now may be read by another version or at another time.
+        stray.retain(|run| {
+            let mut unread = found.broken.iter().filter(|(_, error)| !is_damage(error));
+            !unread.any(|(name, _)| name == run.vm.as_str())
+        });
         let mut found_vms = Vec::new();
         for record in found.records {
             let run = Run {

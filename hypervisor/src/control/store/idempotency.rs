@@ -91,8 +91,15 @@ impl Store {
         let mut found = Vec::new();
         for entry in fs::read_dir(&directory).map_err(StoreError::io("list", &directory))? {
             let path = entry.map_err(StoreError::io("list", &directory))?.path();
-            let read = fs::read(&path).ok().and_then(|bytes| decode(&bytes));
-            match read.filter(|deleted| !expired(deleted)) {
+            let bytes = match fs::read(&path) {
+                Ok(bytes) => bytes,
+                // What cannot be read now may be read the next time.
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot read what is remembered of a deleted VM");
+                    continue;
+                }
+            };
+            match decode(&bytes).filter(|deleted| !expired(deleted)) {
                 Some(deleted) => found.push(deleted),
                 None => {
                     let _ = fs::remove_file(&path);

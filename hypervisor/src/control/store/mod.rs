@@ -16,6 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use protocol::id::VmId;
 
@@ -80,7 +81,7 @@ impl StoreError {
 
 /// Whether an error tells of what is on the disk. A disk or system that fails for the moment is no
 /// reason to move a VM.
-fn is_damage(error: &StoreError) -> bool {
+pub(crate) fn is_damage(error: &StoreError) -> bool {
     match error {
         StoreError::Record(error) => !matches!(error, RecordError::Newer { .. }),
         StoreError::Io { cause, .. } => cause.kind() == io::ErrorKind::NotFound,
@@ -100,6 +101,8 @@ fn step(_name: &'static str) -> Result<(), StoreError> {
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     root: PathBuf,
+    /// Held while a number is taken: creates happen at once.
+    uids: Arc<Mutex<()>>,
 }
 
 /// What was found at start-up.
@@ -116,6 +119,7 @@ impl Store {
     pub(crate) fn open(root: &Path) -> Result<Self, StoreError> {
         let store = Self {
             root: root.to_owned(),
+            uids: Arc::default(),
         };
         let directories = [
             store.vms(),
@@ -234,6 +238,7 @@ impl Store {
     pub(crate) fn next_uid(&self) -> Result<u32, StoreError> {
         const FIRST: u32 = 200_000;
         const LAST: u32 = 2_000_000_000;
+        let _turn = self.uids.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.root.join("next-uid");
         let text = read_if_there(&path)?.unwrap_or_default();
         let next = String::from_utf8_lossy(&text)

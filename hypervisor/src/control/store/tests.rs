@@ -229,6 +229,29 @@ fn a_user_number_is_given_out_once_even_after_a_restart() {
     assert_eq!((first, second), (200_000, 200_001));
 }
 
+#[test]
+fn creates_at_the_same_time_get_different_user_numbers() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let store = Store::open(directory.path()).unwrap();
+    let mut numbers: Vec<u32> = std::thread::scope(|scope| {
+        let takers: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    (0..16)
+                        .map(|_| store.next_uid().unwrap())
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        takers
+            .into_iter()
+            .flat_map(|taker| taker.join().unwrap())
+            .collect()
+    });
+    numbers.sort_unstable();
+    assert_eq!(numbers, (200_000..200_128).collect::<Vec<_>>());
+}
+
 /// A loop-mounted file system that goes away with the value. Needs root.
 struct Mounted(tempfile::TempDir);
 

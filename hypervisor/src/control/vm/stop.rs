@@ -80,6 +80,10 @@ pub(crate) struct StopWaiters {
 impl StopWaiters {
     /// Takes a command that wants the VM off and says when; gives any other back.
     pub(crate) fn take(&mut self, command: Command) -> Result<Duration, Command> {
+        // Whoever asks again and again without waiting leaves nothing behind.
+        self.stopped.retain(|reply| !reply.is_closed());
+        self.deleted.retain(|reply| !reply.is_closed());
+        self.shut_down.retain(|reply| !reply.is_closed());
         match command {
             Command::Stop { deadline, reply } => {
                 self.stopped.push(reply);
@@ -156,13 +160,22 @@ pub(crate) async fn stop(
     if asked != Asked::HostDown {
         asked = Asked::SwitchOff;
     }
-    if let Err(error) = machine.monitor.switch_off().await {
-        tracing::warn!(%vm, %error, "the monitor cannot be told to switch off; it is killed");
-    } else if let Ok(exit) = timeout(SWITCH_OFF, wait_end(&mut machine.ended)).await {
-        return Stopped {
-            exit: Some(exit),
-            asked,
-        };
+    // A monitor that reads nothing takes no message either.
+    let switched_off = timeout(SWITCH_OFF, async {
+        machine.monitor.switch_off().await?;
+        Ok::<_, MonitorError>(wait_end(&mut machine.ended).await)
+    });
+    match switched_off.await {
+        Ok(Ok(exit)) => {
+            return Stopped {
+                exit: Some(exit),
+                asked,
+            };
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(%vm, %error, "the monitor cannot be told to switch off; it is killed");
+        }
+        Err(_) => tracing::warn!(%vm, "the monitor does not switch off; it is killed"),
     }
     if let Err(error) = host.supervisor.kill(&machine.run).await {
         tracing::error!(%vm, %error, "cannot end a monitor");
