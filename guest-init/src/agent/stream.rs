@@ -10,6 +10,7 @@ use protocol::message::{Message, MessageError};
 use protocol::{ErrorBody, Frame};
 
 use super::poll::{self, Interest};
+use crate::log;
 
 /// Bytes taken from the connection in one go.
 const READ: usize = 16 << 10;
@@ -167,6 +168,11 @@ impl Stream {
 
     /// Refuses what the stream was opened for.
     pub(crate) fn refuse(self, error: &ErrorBody) -> Result<(), StreamError> {
+        // Escaped: the client's own text may be in it. The log bounds its rate.
+        log::info(format_args!(
+            "event=refused code={:?} error={:?}",
+            error.code, error.message
+        ));
         self.finish(error)
     }
 }
