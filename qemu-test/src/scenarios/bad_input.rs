@@ -31,6 +31,7 @@ pub(crate) async fn requests_that_cannot_be_served_are_refused_by_name(
     context: &mut Context,
 ) -> Result<(), Failure> {
     let client = &context.client;
+    let log = context.logged()?;
     let not_found = ErrorCode::VmNotFound;
     refused(client.get(unknown()?).await, not_found)?;
     refused(client.stop(unknown()?, None).await, not_found)?;
@@ -63,6 +64,8 @@ pub(crate) async fn requests_that_cannot_be_served_are_refused_by_name(
     let made = vm::create(client, |request| request.labels = long).await;
     refused(made, invalid)?;
     ensure(client.list().await?.is_empty(), || "a refused VM is there")?;
+    let words = ["VmNotFound", "TemplateNotFound", "InvalidArgument"];
+    context.log_says(log, &words).await?;
     unharmed(context).await
 }
 
@@ -110,6 +113,11 @@ pub(crate) async fn commands_that_cannot_be_started_are_refused_by_name(
             || format!("expected {end:?}: {done:?}"),
         )?;
     }
+    // What the agent refuses it says on its VM's console.
+    let refusals = context
+        .shell(&made, "dmesg | grep -c event=refused")
+        .await?;
+    ensure(refusals == "3", || format!("{refusals} lines, not 3"))?;
     still_runs(context, &made).await?;
     context.delete(&made).await
 }
@@ -138,6 +146,7 @@ pub(crate) async fn another_owners_vm_is_not_there(context: &mut Context) -> Res
 }
 
 pub(crate) async fn a_wrong_token_is_refused(context: &mut Context) -> Result<(), Failure> {
+    let log = context.logged()?;
     let code = ErrorCode::Unauthenticated;
     refused(context.appliance.client_with("wrong").await, code)?;
     refused(context.appliance.client_with("").await, code)?;
@@ -149,6 +158,8 @@ pub(crate) async fn a_wrong_token_is_refused(context: &mut Context) -> Result<()
     ensure(error.code == ErrorCode::HelloRequired, || {
         format!("{error:?}")
     })?;
+    let words = ["Unauthenticated", "HelloRequired"];
+    context.log_says(log, &words).await?;
     unharmed(context).await
 }
 
@@ -156,6 +167,7 @@ pub(crate) async fn garbage_and_wrong_alpn_end_the_connection_only(
     context: &mut Context,
 ) -> Result<(), Failure> {
     let appliance = &context.appliance;
+    let log = context.logged()?;
     for alpn in [&[b"h2".as_slice()][..], &[]] {
         let told = async {
             let mut stream = wire::tls(appliance, alpn).await?;
@@ -173,6 +185,8 @@ pub(crate) async fn garbage_and_wrong_alpn_end_the_connection_only(
     let mut stream = wire::tls(appliance, &[protocol::hello::ALPN]).await?;
     stream.write_all(&[0xff; 4096]).await?;
     closes(&mut stream).await?;
+    let words = ["handshake failed", "connection broken"];
+    context.log_says(log, &words).await?;
     unharmed(context).await
 }
 
@@ -186,6 +200,7 @@ async fn closes(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<(), 
 pub(crate) async fn frames_that_break_the_rules_are_refused(
     context: &mut Context,
 ) -> Result<(), Failure> {
+    let log = context.logged()?;
     let wire = Wire::let_in(&context.appliance).await?;
     let header = |kind, length: usize| Header {
         length: u32::try_from(length).unwrap_or(u32::MAX),
@@ -218,6 +233,8 @@ pub(crate) async fn frames_that_break_the_rules_are_refused(
     stream.send(&GetVm { vm: unknown()? }).await?;
     let error = stream.error().await?;
     ensure(error.code == ErrorCode::VmNotFound, || format!("{error:?}"))?;
+    let words = ["Unsupported", "FrameTooLarge", "Malformed"];
+    context.log_says(log, &words).await?;
     unharmed(context).await
 }
 
@@ -229,6 +246,7 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
         .limits()
         .ok_or_else(|| Failure::new("no limits in HelloOk"))?;
     let made = context.create().await?;
+    let log = context.logged()?;
     let wire = Wire::let_in(&context.appliance).await?;
     // Yamux lets a client have 256 streams that were never answered; with these, which were, it
     // gets over the appliance's own limit.
@@ -290,6 +308,7 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
             break;
         }
     }
+    context.log_says(log, &["TooManyStreams"]).await?;
     answers.shutdown().await;
     drop((answered, into_vm, wire));
     still_runs(context, &made).await?;
@@ -301,6 +320,7 @@ pub(crate) async fn a_client_that_vanishes_in_mid_frame_harms_nobody(
     context: &mut Context,
 ) -> Result<(), Failure> {
     let made = context.create().await?;
+    let log = context.logged()?;
     for _ in 0..20 {
         let wire = Wire::let_in(&context.appliance).await?;
         let mut stream = wire.stream().await?;
@@ -310,6 +330,7 @@ pub(crate) async fn a_client_that_vanishes_in_mid_frame_harms_nobody(
             .await?;
         wire.vanish();
     }
+    context.log_says(log, &["vanished"]).await?;
     // In the middle of a command's output, too.
     let client = context.appliance.client().await?;
     let run = client

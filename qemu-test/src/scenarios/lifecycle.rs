@@ -140,6 +140,19 @@ pub(crate) async fn commands_get_arguments_environment_and_directory(
         }
     }
     ensure(out == b"200000\n", || format!("{out:?}"))?;
+    // A command that wants no more input than it took still says its last word.
+    for _ in 0..5 {
+        let run = client
+            .vm(vm::reference(&made))
+            .exec(Command::shell("head -c 1; exit 3").stdin_pipe())
+            .await?;
+        let input = run.input();
+        let sending =
+            tokio::spawn(async move { while input.write(&[b'x'; 4096]).await.is_ok() {} });
+        let ended = run.wait().await?;
+        sending.abort();
+        ensure(ended.exit_code == 3, || format!("{ended:?}"))?;
+    }
     // The last byte of a fast command always comes.
     for number in 0..50 {
         let line = format!("echo {number}; echo {number} >&2");

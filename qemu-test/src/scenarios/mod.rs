@@ -140,6 +140,27 @@ impl Context {
         Ok(())
     }
 
+    /// How long the console's text is now.
+    pub(crate) fn logged(&self) -> Result<usize, Failure> {
+        Ok(self.appliance.home().console().text()?.len())
+    }
+
+    /// Waits until each of `words` is in a line that the console got since `from`.
+    pub(crate) async fn log_says(&self, from: usize, words: &[&str]) -> Result<(), Failure> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let text = self.appliance.home().console().text()?;
+            let new = text.get(from..).unwrap_or_default();
+            let Some(missing) = words.iter().find(|word| !new.contains(**word)) else {
+                return Ok(());
+            };
+            ensure(Instant::now() < deadline, || {
+                format!("the log says nothing of `{missing}`")
+            })?;
+            sleep(Duration::from_millis(250)).await;
+        }
+    }
+
     /// Waits until a VM is in `state`; there is no event for that in the API yet, so it is asked
     /// again after a pause, at most until `patience` is over.
     pub(crate) async fn until(
