@@ -95,7 +95,7 @@ fn run(part: Part) -> Result<PathBuf, RecipeError> {
     let kitchen = Kitchen::of_user()?;
     match part {
         Part::GuestKernel => guest_kernel::make(&kitchen),
-        Part::GuestRoot => guest_root::make(&kitchen),
+        Part::GuestRoot => guest_root::make(&kitchen).map(|root| root.directory),
         Part::HostKernel => host_kernel::make(&kitchen),
         Part::SystemDisk => disks::system(&kitchen),
         Part::DataDisk => disks::data(&kitchen),

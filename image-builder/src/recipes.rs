@@ -17,6 +17,7 @@ pub(crate) mod host_kernel;
 pub(crate) mod initramfs;
 mod modules;
 pub(crate) mod peer;
+mod resolved;
 
 /// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]

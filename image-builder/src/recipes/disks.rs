@@ -5,7 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Kitchen, RecipeError, guest_root};
+use super::guest_root::{self, GuestRoot};
+use super::{Kitchen, RecipeError};
 use crate::cache::Inputs;
 use crate::debian;
 use crate::files::{self, AtPath as _};
@@ -33,8 +34,8 @@ pub(crate) fn system(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
     let root = guest_root::make(kitchen)?;
     let mut inputs = Inputs::new("system-disk 1");
     inputs
-        .add("root", name_of(&root))
-        .add("label", guest_root::label())
+        .add("root", name_of(&root.directory))
+        .add("label", &root.label)
         .add(
             "squashfs-tools",
             debian::installed_version("squashfs-tools"),
@@ -44,10 +45,10 @@ pub(crate) fn system(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
         let mut progress = Progress::start(SYSTEM);
         progress.phase("compressing the templates");
         let tree = out.join("tree");
-        let template = tree.join("templates").join(guest_root::label());
+        let template = tree.join("templates").join(&root.label);
         files::make_dir(&template)?;
         for file in ["disk.img", "template.toml"] {
-            files::link_or_copy(&root.join(file), &template.join(file))?;
+            files::link_or_copy(&root.directory.join(file), &template.join(file))?;
         }
         let squashfs = out.join("system.squashfs");
         Tool::new("mksquashfs")
@@ -69,8 +70,8 @@ pub(crate) fn data(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
     let root = guest_root::make(kitchen)?;
     let mut inputs = Inputs::new("data-disk 1");
     inputs
-        .add("root", name_of(&root))
-        .add("label", guest_root::label())
+        .add("root", name_of(&root.directory))
+        .add("label", &root.label)
         .add("import", IMPORT)
         .add("bytes", DATA_BYTES.to_string())
         .add("identity", [DATA_UUID, DATA_LABEL].join(","))
@@ -80,7 +81,7 @@ pub(crate) fn data(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
         .ensure(DATA, &inputs.key(), |out| build_data(kitchen, &root, out))
 }
 
-fn build_data(kitchen: &Kitchen, root: &Path, out: &Path) -> Result<(), RecipeError> {
+fn build_data(kitchen: &Kitchen, root: &GuestRoot, out: &Path) -> Result<(), RecipeError> {
     if !tool::is_root() {
         eprintln!("{DATA}: root is needed, by sudo, to mount the new file system (once)");
         // Before the spinner starts: this is where sudo may ask for a password.
@@ -115,8 +116,8 @@ fn build_data(kitchen: &Kitchen, root: &Path, out: &Path) -> Result<(), RecipeEr
         .arg("import")
         .arg(&raw)
         .arg(&mount_point)
-        .arg(root)
-        .arg(guest_root::label())
+        .arg(&root.directory)
+        .arg(&root.label)
         .run(&log, &mut progress)?;
 
     progress.phase("packing as qcow2");

@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Kitchen, RecipeError};
+use super::{Kitchen, RecipeError, resolved};
 use crate::cache::Inputs;
 use crate::debian;
 use crate::files::{self, AtPath as _};
 use crate::progress::Progress;
 use crate::tool::{self, Tool};
 
-/// The template's name and version: part of its directory's name on every appliance. The version
-/// moves with what is in it, so that a new one is imported beside the old.
-pub(crate) const NAME: &str = "debian";
-pub(crate) const VERSION: &str = "13.1";
+/// The template's name and the first part of its version: part of its directory's name on every
+/// appliance. The second part is the day of its packages' versions, so that a new one is imported
+/// beside the old.
+const NAME: &str = "debian";
+const RELEASE: &str = "13";
 
 const ARTIFACT: &str = "guest-root";
 const SUITE: &str = "trixie";
@@ -72,34 +73,40 @@ struct Template<'a> {
     description: &'a str,
 }
 
-/// `debian@13.1`.
-pub(crate) fn label() -> String {
-    format!("{NAME}@{VERSION}")
+/// A finished guest root.
+pub(crate) struct GuestRoot {
+    /// The directory with `disk.img`, `template.toml` and `packages.txt`.
+    pub(crate) directory: PathBuf,
+    /// Its name as a template, like `debian@13.20260131`.
+    pub(crate) label: String,
 }
 
-/// The directory with `disk.img`, `template.toml` and `packages.txt`.
-///
-/// The suite's package versions are not part of the key: they are another release's than this
-/// machine's, and asking for them would put the network into every build. [`VERSION`] is; what was
-/// installed is written down in `packages.txt`.
-pub(crate) fn make(kitchen: &Kitchen) -> Result<PathBuf, RecipeError> {
-    let mut inputs = Inputs::new("guest-root 1");
+/// Makes it, unless the one with today's packages is there.
+pub(crate) fn make(kitchen: &Kitchen) -> Result<GuestRoot, RecipeError> {
+    let resolved = resolved::resolve(kitchen, SUITE, PACKAGES)?;
+    let version = format!("{RELEASE}.{}", resolved.since);
+    let mut inputs = Inputs::new("guest-root 2");
     inputs
         .add("finish", FINISH)
         .add("suite", SUITE)
-        .add("version", VERSION)
+        .add("version", &version)
+        .add("resolved", &resolved.packages)
         .add("packages", PACKAGES.join(","))
         .add("checks", CHECKS.join(";"))
         .add("identity", [UUID, HASH_SEED, EPOCH].join(","));
     for tool in ["mmdebstrap", "e2fsprogs"] {
         inputs.add(tool, debian::installed_version(tool));
     }
-    kitchen
+    let directory = kitchen
         .cache
-        .ensure(ARTIFACT, &inputs.key(), |out| build(kitchen, out))
+        .ensure(ARTIFACT, &inputs.key(), |out| build(kitchen, &version, out))?;
+    Ok(GuestRoot {
+        directory,
+        label: format!("{NAME}@{version}"),
+    })
 }
 
-fn build(kitchen: &Kitchen, out: &Path) -> Result<(), RecipeError> {
+fn build(kitchen: &Kitchen, version: &str, out: &Path) -> Result<(), RecipeError> {
     let log = kitchen.log(ARTIFACT);
     let mut progress = Progress::start(ARTIFACT);
     let tar = out.join("root.tar");
@@ -158,7 +165,7 @@ fn build(kitchen: &Kitchen, out: &Path) -> Result<(), RecipeError> {
     let disk_bytes = std::fs::metadata(&disk).at("look at", &disk)?.len();
     let template = toml::to_string(&Template {
         name: NAME,
-        version: VERSION,
+        version,
         disk_bytes,
         description: "Debian 13 (trixie) with Python, Node.js, a C compiler, git, ImageMagick, FFmpeg",
     })?;
