@@ -23,3 +23,181 @@ pub const DESCRIPTORS_VARIABLE: &str = "SUPVM_DESCRIPTORS";
 
 /// Number of the first descriptor that a role's process is handed.
 pub const FIRST_DESCRIPTOR: i32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::proxy::*;
+    use super::supervisor::*;
+    use super::vmm::*;
+    use crate::frame::HEADER_LEN;
+    use crate::message::{Message, decode_body, encode};
+
+    /// The frame is these bytes, and these bytes are the message.
+    #[track_caller]
+    fn golden<M: Message + PartialEq + std::fmt::Debug>(message: &M, bytes: &str) {
+        let encoded = encode(message).unwrap();
+        assert_eq!(encoded.escape_ascii().to_string(), bytes);
+        assert_eq!(&decode_body::<M>(&encoded[HEADER_LEN..]).unwrap(), message);
+    }
+
+    fn run() -> Run {
+        Run {
+            vm: "vm-1234abcd".parse().unwrap(),
+            generation: 300,
+        }
+    }
+
+    #[test]
+    fn golden_supervisor() {
+        let spawn = SpawnVmm {
+            run: run(),
+            uid: 200_000,
+            memory_max: 1 << 30,
+            descriptors: vec!["kvm".try_into().unwrap()],
+        };
+        golden(
+            &spawn,
+            "\\x1b\\x00\\x00\\x00\\x00\\x81\\x00\\x0bvm-1234abcd\\xac\\x02\\xc0\\x9a\\x0c\\x80\\x80\\x80\\x80\\x04\\x01\\x03kvm",
+        );
+        golden(
+            &VmmSpawned { run: run(), pid: 7 },
+            "\\x0f\\x00\\x00\\x00\\x01\\x81\\x00\\x0bvm-1234abcd\\xac\\x02\\x07",
+        );
+        let message = "no".to_owned();
+        golden(
+            &VmmNotSpawned {
+                run: run(),
+                message,
+            },
+            "\\x11\\x00\\x00\\x00\\x02\\x81\\x00\\x0bvm-1234abcd\\xac\\x02\\x02no",
+        );
+        golden(
+            &KillVmm { run: run() },
+            "\\x0e\\x00\\x00\\x00\\x03\\x81\\x00\\x0bvm-1234abcd\\xac\\x02",
+        );
+        let ended = VmmEnded {
+            run: run(),
+            exit_code: None,
+            signal: Some(9),
+        };
+        golden(
+            &ended,
+            "\\x11\\x00\\x00\\x00\\x04\\x81\\x00\\x0bvm-1234abcd\\xac\\x02\\x00\\x01\\t",
+        );
+        golden(
+            &ForgetVmm { run: run() },
+            "\\x0e\\x00\\x00\\x00\\x05\\x81\\x00\\x0bvm-1234abcd\\xac\\x02",
+        );
+        golden(&ListVmms {}, "\\x00\\x00\\x00\\x00\\x06\\x81\\x00");
+        golden(
+            &VmmListed { run: run(), pid: 7 },
+            "\\x0f\\x00\\x00\\x00\\x07\\x81\\x00\\x0bvm-1234abcd\\xac\\x02\\x07",
+        );
+        golden(&VmmsListed {}, "\\x00\\x00\\x00\\x00\\x08\\x81\\x00");
+        golden(
+            &ShutDown {
+                deadline_ms: 30_000,
+            },
+            "\\x03\\x00\\x00\\x00\\t\\x81\\x00\\xb0\\xea\\x01",
+        );
+        let lease = Lease {
+            interface: 2,
+            address: Some(([10, 0, 2, 15], 24)),
+            gateway: None,
+        };
+        golden(
+            &lease,
+            "\\x08\\x00\\x00\\x00\\n\\x81\\x00\\x02\\x01\\n\\x00\\x02\\x0f\\x18\\x00",
+        );
+    }
+
+    #[test]
+    fn golden_vmm() {
+        golden(&Identify {}, "\\x00\\x00\\x00\\x00\\x00\\x82\\x00");
+        let identity = Identity {
+            run: run(),
+            model: 1,
+            state: MachineState::Running,
+        };
+        golden(
+            &identity,
+            "\\x10\\x00\\x00\\x00\\x01\\x82\\x00\\x0bvm-1234abcd\\xac\\x02\\x01\\x01",
+        );
+        let connect = Connect {
+            ticket: 5,
+            port: 1024,
+            wait_for_agent: true,
+        };
+        golden(
+            &connect,
+            "\\x04\\x00\\x00\\x00\\x02\\x82\\x00\\x05\\x80\\x08\\x01",
+        );
+        golden(
+            &Connected { ticket: 5 },
+            "\\x01\\x00\\x00\\x00\\x03\\x82\\x00\\x05",
+        );
+        let message = "no".to_owned();
+        golden(
+            &NotConnected { ticket: 5, message },
+            "\\x04\\x00\\x00\\x00\\x04\\x82\\x00\\x05\\x02no",
+        );
+        golden(&SwitchOff {}, "\\x00\\x00\\x00\\x00\\x05\\x82\\x00");
+        let config = VmmConfig {
+            run: run(),
+            model: 1,
+            cpus: 2,
+            memory_mib: 1024,
+        };
+        let bytes = postcard::to_allocvec(&config).unwrap();
+        assert_eq!(
+            bytes.escape_ascii().to_string(),
+            "\\x0bvm-1234abcd\\xac\\x02\\x01\\x02\\x80\\x08"
+        );
+    }
+
+    #[test]
+    fn golden_proxy() {
+        let serve = Serve {
+            api_address: "[::]:7443".into(),
+            certificates: vec![vec![1, 2], vec![3]],
+            key: vec![4],
+            max_streams: 256,
+            max_connections: 1024,
+        };
+        golden(
+            &serve,
+            "\\x16\\x00\\x00\\x00\\x00\\x83\\x00\\t[::]:7443\\x02\\x02\\x01\\x02\\x01\\x03\\x01\\x04\\x80\\x02\\x80\\x08",
+        );
+        let serving = Serving {
+            api_address: "[::]:7443".into(),
+            message: String::new(),
+        };
+        golden(
+            &serving,
+            "\\x0b\\x00\\x00\\x00\\x01\\x83\\x00\\t[::]:7443\\x00",
+        );
+        let request = ApiRequest {
+            ticket: 5,
+            token: "t".into(),
+            kind: 0x0101,
+            body: vec![9],
+        };
+        golden(
+            &request,
+            "\\x07\\x00\\x00\\x00\\x02\\x83\\x00\\x05\\x01t\\x81\\x02\\x01\\t",
+        );
+        let reply = ApiReply {
+            ticket: 5,
+            kind: 0x0110,
+            body: vec![9],
+        };
+        golden(
+            &reply,
+            "\\x05\\x00\\x00\\x00\\x03\\x83\\x00\\x05\\x90\\x02\\x01\\t",
+        );
+        golden(
+            &ApiAbandoned { ticket: 5 },
+            "\\x01\\x00\\x00\\x00\\x04\\x83\\x00\\x05",
+        );
+    }
+}

@@ -211,6 +211,14 @@ mod tests {
     }
 
     #[test]
+    fn golden_record() {
+        let bytes = sample("vm-1234abcd").encode().unwrap();
+        let (body, _checksum) = bytes.split_last_chunk::<32>().unwrap();
+        let golden = "SUPV\\x01\\x00\\x01\\x00\\x0bvm-1234abcd\\x02me\\x01\\x03web\\x06debian\\x0413.1\\x01\\x02\\x80\\x08\\n\\x01\\x01a\\x01b\\x01\\x01K\\x01V\\x01\\x14dddddddddddddddddddd\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x00\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x01\\x07\\x00\\x01\\x15it powered itself off";
+        assert_eq!(body.escape_ascii().to_string(), golden);
+    }
+
+    #[test]
     fn golden_header_and_a_newer_generation_is_left_alone() {
         let mut bytes = sample("vm-1234abcd").encode().unwrap();
         assert_eq!(&bytes[..9], b"SUPV\x01\0\x01\0\x0b");
