@@ -12,7 +12,7 @@ use protocol::agent::{Configure, Configured};
 use protocol::id::ProcessId;
 use protocol::message::{self, Message};
 use protocol::process::{
-    CommandMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
+    CommandMode, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
 };
 use protocol::{ErrorBody, Frame, FrameReader, Kind, frame};
 
@@ -311,6 +311,11 @@ pub fn shell(line: &str) -> StartProcess {
         cwd: Vec::new(),
         env: Vec::new(),
         stdin: StdinMode::Null,
+        output: OutputMode::Follow,
+        user: Vec::new(),
+        deadline_ms: None,
+        memory_bytes: None,
+        terminal: None,
     }
 }
 

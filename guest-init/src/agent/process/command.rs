@@ -227,6 +227,11 @@ mod tests {
             cwd: Vec::new(),
             env: Vec::new(),
             stdin: StdinMode::Null,
+            output: protocol::process::OutputMode::Follow,
+            user: Vec::new(),
+            deadline_ms: None,
+            memory_bytes: None,
+            terminal: None,
         }
     }
 
