@@ -75,7 +75,9 @@ impl Agent {
             .arg("--socket")
             .arg(directory.path().join("s"))
             .arg("--workspace")
-            .arg(directory.path().join("workspace"));
+            .arg(directory.path().join("workspace"))
+            .arg("--logs")
+            .arg(directory.path().join("logs"));
         if let Some(cgroup) = &cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
