@@ -12,7 +12,11 @@ use protocol::agent::{Configure, Configured};
 use protocol::id::ProcessId;
 use protocol::message::{self, Message};
 use protocol::process::{
-    CommandMode, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
+    CommandMode, OutputGap, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess,
+    StdinMode,
+};
+use protocol::processes::{
+    AttachFrom, AttachProcess, OutputReplayed, ProcessAttached, ProcessInfo, WaitProcess,
 };
 use protocol::{ErrorBody, Frame, FrameReader, Kind, frame};
 
@@ -61,11 +65,31 @@ impl Agent {
     pub fn start_unconfigured(wrapper: &[&str], cgroup: Option<PathBuf>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("workspace")).unwrap();
-        let program = env!("CARGO_BIN_EXE_guest-init");
+        let child = Self::launch(wrapper, directory.path(), cgroup.as_deref());
+        let agent = Self {
+            child,
+            directory,
+            cgroup,
+        };
+        agent.until_it_serves();
+        agent
+    }
+
+    /// Ends it at once, as a crash would, and starts it again in the same place.
+    pub fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = Self::launch(&[], self.directory.path(), self.cgroup.as_deref());
+        self.until_it_serves();
+        self.configure();
+    }
+
+    fn launch(wrapper: &[&str], directory: &Path, cgroup: Option<&Path>) -> Child {
+        let program = program();
         let mut command = match wrapper.split_first() {
             Some((first, rest)) => {
                 let mut command = Command::new(first);
-                command.args(rest).arg(program);
+                command.args(rest).arg(&program);
                 command
             }
             None => Command::new(program),
@@ -73,27 +97,24 @@ impl Agent {
         command
             .arg("agent")
             .arg("--socket")
-            .arg(directory.path().join("s"))
+            .arg(directory.join("s"))
             .arg("--workspace")
-            .arg(directory.path().join("workspace"))
+            .arg(directory.join("workspace"))
             .arg("--logs")
-            .arg(directory.path().join("logs"));
-        if let Some(cgroup) = &cgroup {
+            .arg(directory.join("logs"));
+        if let Some(cgroup) = cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
-        let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
-        let agent = Self {
-            child,
-            directory,
-            cgroup,
-        };
+        let log = std::fs::File::create(directory.join("log")).unwrap();
+        command.stdin(Stdio::null()).stderr(log).spawn().unwrap()
+    }
+
+    fn until_it_serves(&self) {
         let begin = Instant::now();
-        while UnixStream::connect(agent.socket()).is_err() {
-            assert!(begin.elapsed() < PATIENCE, "no agent: {}", agent.log());
+        while UnixStream::connect(self.socket()).is_err() {
+            assert!(begin.elapsed() < PATIENCE, "no agent: {}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
-        agent
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -131,6 +152,55 @@ impl Agent {
         let mut client = self.connect();
         client.send(request);
         client.output()
+    }
+
+    /// Asks once and gives the answer.
+    pub fn ask<Q: Message, A: Message>(&self, request: &Q) -> Result<A, ErrorBody> {
+        let mut client = self.connect();
+        client.send(request);
+        let frame = client.frame().expect("an answer");
+        assert_eq!(client.frame(), None, "something follows the answer");
+        match message::decode(&frame) {
+            Ok(answer) => Ok(answer),
+            Err(message::MessageError::Refused(error)) => Err(error),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    /// Waits for the end of a process.
+    pub fn wait(&self, id: ProcessId) -> ProcessInfo {
+        let timeout_ms = None;
+        self.ask(&WaitProcess { id, timeout_ms }).unwrap()
+    }
+
+    /// What is known of a process now.
+    pub fn look(&self, id: ProcessId) -> Result<ProcessInfo, ErrorBody> {
+        let timeout_ms = Some(0);
+        self.ask(&WaitProcess { id, timeout_ms })
+    }
+
+    /// Starts what nobody follows.
+    pub fn start_log(&self, request: &StartProcess) -> ProcessId {
+        let mut client = self.connect();
+        client.send(&StartProcess {
+            output: OutputMode::Log,
+            ..request.clone()
+        });
+        client.started();
+        assert_eq!(client.frame(), None, "something follows the start");
+        request.id
+    }
+
+    /// Reads the output of a process.
+    pub fn replay(&self, id: ProcessId, from: AttachFrom, value: u64, follow: bool) -> Replay {
+        let mut client = self.connect();
+        client.send(&AttachProcess {
+            id,
+            from,
+            value,
+            follow,
+        });
+        client.replay()
     }
 
     /// A line of /proc/PID/status of the agent, in KiB.
@@ -187,6 +257,17 @@ impl Output {
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.stdout).unwrap()
     }
+}
+
+/// What an attach gave.
+#[derive(Debug)]
+pub struct Replay {
+    pub attached: ProcessAttached,
+    pub merged: Vec<u8>,
+    /// Bytes that were said to be missing.
+    pub missing: u64,
+    /// The end of the process, or the offset to go on from.
+    pub end: Result<ProcessEnded, u64>,
 }
 
 /// One stream to the agent.
@@ -253,6 +334,32 @@ impl Client {
         message::decode(&self.frame().unwrap()).unwrap()
     }
 
+    /// Reads an attach to its last frame.
+    pub fn replay(&mut self) -> Replay {
+        let attached = message::decode(&self.frame().unwrap()).unwrap();
+        let (mut merged, mut missing) = (Vec::new(), 0);
+        let end = loop {
+            let frame = self.frame().expect("a frame before the end");
+            match frame.kind {
+                Kind::STDOUT | Kind::STDERR => merged.extend_from_slice(&frame.body),
+                Kind::OUTPUT_GAP => {
+                    missing += message::decode::<OutputGap>(&frame).unwrap().bytes;
+                }
+                Kind::OUTPUT_REPLAYED => {
+                    break Err(message::decode::<OutputReplayed>(&frame).unwrap().offset);
+                }
+                _ => break Ok(message::decode(&frame).unwrap()),
+            }
+        };
+        assert_eq!(self.frame(), None, "something follows the last frame");
+        Replay {
+            attached,
+            merged,
+            missing,
+            end,
+        }
+    }
+
     /// Reads to the last frame and checks that nothing follows it.
     pub fn output(&mut self) -> Output {
         let mut started = false;
@@ -279,6 +386,17 @@ impl Client {
             merged,
             started,
             ended,
+        }
+    }
+}
+
+/// The agent of this build. An example is beside it in the same directory.
+fn program() -> PathBuf {
+    match option_env!("CARGO_BIN_EXE_guest-init") {
+        Some(program) => program.into(),
+        None => {
+            let own = std::env::current_exe().unwrap();
+            own.parent().unwrap().parent().unwrap().join("guest-init")
         }
     }
 }

@@ -67,12 +67,19 @@ impl Typing {
         }
     }
 
-    /// What to wait for; the descriptor must live as long.
-    pub(crate) fn interest(&self, descriptor: Option<&Arc<OwnedFd>>) -> Interest {
-        match descriptor {
-            Some(pipe) if self.waiting() > 0 => Interest::new(pipe.as_fd(), false, true),
-            _ => Interest::NONE,
-        }
+    /// The process's input while something waits for it. Nobody else may keep it over a wait: an
+    /// input that was closed ends only when the last descriptor of it is gone.
+    pub(crate) fn descriptor(&self, process: &Process) -> Option<Arc<OwnedFd>> {
+        (self.waiting() > 0)
+            .then(|| process.stdin.descriptor())
+            .flatten()
+    }
+
+    /// What to wait for on [`descriptor`](Self::descriptor).
+    pub(crate) fn interest(descriptor: Option<&Arc<OwnedFd>>) -> Interest {
+        descriptor.map_or(Interest::NONE, |pipe| {
+            Interest::new(pipe.as_fd(), false, true)
+        })
     }
 
     /// Gives the process what it takes now. Says whether its input is still there.

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ pub(crate) const MAX_LOGS: u64 = 512 << 20;
 /// Output is written at the latest so long after it came.
 const LATER: Duration = Duration::from_secs(1);
 /// Unwritten output that is written at once.
-const MUCH: u64 = 128 << 10;
+const MUCH: u64 = 384 << 10;
 /// Pieces of one write.
 const BATCH: usize = 64;
 
@@ -29,6 +30,8 @@ pub(crate) struct Logs {
     directory: Option<PathBuf>,
     queue: Mutex<Queue>,
     wake: Condvar,
+    /// The sizes of all logs together.
+    total: AtomicU64,
 }
 
 #[derive(Default)]
@@ -40,12 +43,40 @@ struct Queue {
 }
 
 impl Logs {
-    pub(crate) fn new(directory: Option<PathBuf>) -> Self {
+    /// `total` is the size of the logs that are there already.
+    pub(crate) fn new(directory: Option<PathBuf>, total: u64) -> Self {
         Self {
             directory,
             queue: Mutex::default(),
             wake: Condvar::new(),
+            total: AtomicU64::new(total),
         }
+    }
+
+    /// Whether the logs take more than they may.
+    pub(crate) fn are_too_large(&self) -> bool {
+        self.total.load(Ordering::Relaxed) > MAX_LOGS
+    }
+
+    /// So many bytes of logs are gone.
+    pub(crate) fn count_removed(&self, bytes: u64) {
+        let less = |total: u64| Some(total.saturating_sub(bytes));
+        // The closure always gives a value.
+        let _ = self
+            .total
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// Removes the oldest part of a log. Says whether there was one.
+    pub(crate) fn drop_oldest(&self, process: &Process) -> bool {
+        let dropped = lock(&process.segments).drop_oldest();
+        let Some((bytes, size)) = dropped else {
+            return false;
+        };
+        self.count_removed(size);
+        let mut output = lock(&process.output);
+        output.dropped = output.dropped.saturating_add(bytes);
+        true
     }
 
     pub(crate) fn directory(&self) -> Option<&Path> {
@@ -157,6 +188,7 @@ impl Logs {
                 break;
             }
             let about = process.info();
+            let before = segments.size();
             let mut written = segments.write(directory, &about, start, &pieces);
             if written
                 .as_ref()
@@ -169,6 +201,8 @@ impl Logs {
                     .create(directory);
                 written = segments.write(directory, &about, start, &pieces);
             }
+            let grown = segments.size().saturating_sub(before);
+            self.total.fetch_add(grown, Ordering::Relaxed);
             let length: u64 = pieces.iter().map(super::output::Piece::len).sum();
             drop(pieces);
             let answer = match written {
@@ -183,9 +217,10 @@ impl Logs {
             };
             let mut dropped: u64 = 0;
             while segments.bytes() > MAX_LOG {
-                let Some((bytes, _)) = segments.drop_oldest() else {
+                let Some((bytes, size)) = segments.drop_oldest() else {
                     break;
                 };
+                self.count_removed(size);
                 dropped = dropped.saturating_add(bytes);
             }
             let mut output = lock(&process.output);

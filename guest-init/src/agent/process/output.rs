@@ -17,7 +17,7 @@ use protocol::process::ProcessEnded;
 /// What one process may always keep in memory, and what is kept of it while its log does not work.
 pub(crate) const RING: u64 = 64 << 10;
 /// What one process may keep while [`PLENTY`] lasts.
-const WINDOW: u64 = 512 << 10;
+const WINDOW: u64 = 1 << 20;
 /// What all processes may keep beyond their [`RING`]s, in bytes.
 const PLENTY: usize = 2 << 20;
 /// Reads at least so long become a chunk as they are; shorter ones are copied together.

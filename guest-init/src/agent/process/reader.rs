@@ -114,7 +114,7 @@ impl Reader {
         }
         let next = match found {
             Found::Piece(piece) => Next::Piece(piece),
-            Found::NotInMemory { until } => self.from_log(until),
+            Found::NotInMemory { until } => self.read_log(until),
             Found::Nothing => Next::Nothing,
             Found::End => Next::End,
         };
@@ -129,8 +129,8 @@ impl Reader {
     }
 
     /// From the disk; what is neither there nor in memory, which begins at `memory`, is a gap.
-    fn from_log(&mut self, memory: u64) -> Next {
-        if let Some(piece) = self.from_cursor() {
+    fn read_log(&mut self, memory: u64) -> Next {
+        if let Some(piece) = self.read_cursor() {
             return Next::Piece(piece);
         }
         let segment = lock(&self.process.segments).find(self.at);
@@ -143,7 +143,7 @@ impl Reader {
                         self.process.id
                     )),
                 }
-                match self.from_cursor() {
+                match self.read_cursor() {
                     Some(piece) => Next::Piece(piece),
                     // The user has changed or removed it.
                     None => Next::Gap(segment.end.saturating_sub(self.at).max(1)),
@@ -154,7 +154,7 @@ impl Reader {
         }
     }
 
-    fn from_cursor(&mut self) -> Option<Piece> {
+    fn read_cursor(&mut self) -> Option<Piece> {
         let cursor = self.cursor.as_mut()?;
         if cursor.offset > self.at {
             self.cursor = None;

@@ -12,7 +12,7 @@ use protocol::processes::{MAX_PAGE, ProcessPage};
 use protocol::{ErrorBody, ErrorCode};
 
 use super::life::{About, Process};
-use super::logs::{Logs, MAX_LOGS};
+use super::logs::Logs;
 use super::output::Phase;
 use super::segment::{self, Name};
 use crate::agent::lock;
@@ -53,8 +53,9 @@ pub(crate) enum Claim {
 impl Registry {
     pub(crate) fn new(directory: Option<PathBuf>) -> Self {
         let state = directory.as_deref().map(read_names).unwrap_or_default();
+        let size = state.unread.values().flatten().map(|name| name.size).sum();
         Self {
-            logs: Logs::new(directory),
+            logs: Logs::new(directory, size),
             state: Mutex::new(state),
         }
     }
@@ -145,14 +146,14 @@ impl Registry {
         {
             let gone = self.take(&mut state, oldest);
             drop(state);
-            gone.remove_log();
+            gone.remove_log(&self.logs);
         }
     }
 
     /// Forgets a process whose start was refused.
     pub(crate) fn forget(&self, process: &Process) {
         let gone = self.take(&mut lock(&self.state), process.id);
-        gone.remove_log();
+        gone.remove_log(&self.logs);
         let mut output = lock(&process.output);
         output.phase = Phase::Refused;
         output.notify();
@@ -169,7 +170,7 @@ impl Registry {
         state.ended.retain(|one| *one != id);
         let gone = self.take(&mut state, id);
         drop((state, process));
-        gone.remove_log();
+        gone.remove_log(&self.logs);
         Ok(())
     }
 
@@ -186,7 +187,7 @@ impl Registry {
             process,
             files: names
                 .into_iter()
-                .filter_map(|name| Some(self.logs.directory()?.join(name.text())))
+                .filter_map(|name| Some((self.logs.directory()?.join(name.text()), name.size)))
                 .collect(),
         }
     }
@@ -196,39 +197,24 @@ impl Registry {
         // A process that was forgotten while it was written has no log any more.
         let is_known = lock(&self.state).processes.contains_key(&written.id);
         if !is_known {
-            remove_segments(written);
+            while self.logs.drop_oldest(written) {}
         }
-        while self.size() > MAX_LOGS {
+        while self.logs.are_too_large() {
             let oldest = {
                 let mut state = lock(&self.state);
                 let oldest = state.ended.pop_front();
                 oldest.map(|id| self.take(&mut state, id))
             };
             match oldest {
-                Some(gone) => gone.remove_log(),
+                Some(gone) => gone.remove_log(&self.logs),
                 // Only running ones are left: the one that has just written pays.
-                None => match lock(&written.segments).drop_oldest() {
-                    Some((bytes, _)) => {
-                        let mut output = lock(&written.output);
-                        output.dropped = output.dropped.saturating_add(bytes);
-                    }
-                    None => return,
-                },
+                None if self.logs.drop_oldest(written) => {}
+                None => return,
             }
         }
-        self.trim_memory();
-    }
-
-    /// Bytes of all logs.
-    fn size(&self) -> u64 {
-        let state = lock(&self.state);
-        let read: u64 = state
-            .processes
-            .values()
-            .filter_map(|process| Some(process.segments.try_lock().ok()?.size()))
-            .sum();
-        let unread = state.unread.values().flatten().map(|name| name.size);
-        read.saturating_add(unread.sum())
+        if lock(&written.output).has_ended() {
+            self.trim_memory();
+        }
     }
 
     /// Lets go of what ended processes keep in memory beyond the bound, oldest first.
@@ -250,27 +236,20 @@ impl Registry {
 /// A process that nobody can find any more.
 struct Gone {
     process: Option<Arc<Process>>,
-    files: Vec<PathBuf>,
+    files: Vec<(PathBuf, u64)>,
 }
 
 impl Gone {
     /// Outside of the registry's lock: it waits for the disk.
-    fn remove_log(self) {
+    fn remove_log(self, logs: &Logs) {
         if let Some(process) = self.process {
-            remove_segments(&process);
+            while logs.drop_oldest(&process) {}
         }
-        for file in self.files {
+        for (file, size) in self.files {
             // One that the user has removed is gone all the same.
             let _ = std::fs::remove_file(file);
+            logs.count_removed(size);
         }
-    }
-}
-
-fn remove_segments(process: &Process) {
-    let mut segments = lock(&process.segments);
-    while let Some((bytes, _)) = segments.drop_oldest() {
-        let mut output = lock(&process.output);
-        output.dropped = output.dropped.saturating_add(bytes);
     }
 }
 

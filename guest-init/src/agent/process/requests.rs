@@ -170,10 +170,10 @@ pub(super) fn write_stdin(
             });
         }
         let listening = !is_last && typing.waiting() < MAX_INPUT && stream.pending() == 0;
-        let descriptor = process.stdin.descriptor();
+        let descriptor = typing.descriptor(&process);
         let mut interests = [
             stream.interest(listening),
-            typing.interest(descriptor.as_ref()),
+            Typing::interest(descriptor.as_ref()),
             Interest::new(watcher.event().as_fd(), true, false),
         ];
         watcher.arm();

@@ -76,10 +76,10 @@ impl Client {
             if self.work()? == Progress::Done {
                 return self.finish();
             }
-            let descriptor = self.process.stdin.descriptor();
+            let descriptor = self.typing.descriptor(&self.process);
             let mut interests = [
                 self.interest(),
-                self.typing.interest(descriptor.as_ref()),
+                Typing::interest(descriptor.as_ref()),
                 Interest::new(watcher.event().as_fd(), true, false),
             ];
             poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
@@ -195,15 +195,11 @@ pub(crate) fn check_signal(signal: u8) -> Result<(), ErrorBody> {
 pub(crate) fn own(mut pump: Pump, process: &Process, mut client: Option<Client>) {
     while !pump.is_over() {
         apart(&mut client, |client| client.work().map(drop));
-        let descriptor = process.stdin.descriptor();
+        let typing = client.as_ref().map(|client| &client.typing);
+        let descriptor = typing.and_then(|typing| typing.descriptor(process));
+        let input = Typing::interest(descriptor.as_ref());
+        let stream = client.as_mut().map_or(Interest::NONE, Client::interest);
         let [stdout, stderr, exit, wake] = pump.interests();
-        let (stream, input) = match &mut client {
-            Some(client) => {
-                let stream = client.interest();
-                (stream, client.typing.interest(descriptor.as_ref()))
-            }
-            None => (Interest::NONE, Interest::NONE),
-        };
         let mut interests = [stream, input, stdout, stderr, exit, wake];
         let waited = poll::wait(&mut interests, pump.deadline());
         if waited.is_err() {
