@@ -28,6 +28,8 @@ pub struct Agent {
     pub child: Child,
     pub directory: tempfile::TempDir,
     cgroup: Option<PathBuf>,
+    /// The agent's process, where it has another root than we have.
+    inside: Option<String>,
 }
 
 impl Agent {
@@ -70,8 +72,77 @@ impl Agent {
             child,
             directory,
             cgroup,
+            inside: None,
         };
         agent.until_it_serves();
+        agent
+    }
+
+    /// One that is process 1 of a PID namespace and whose root is a file system of its own in memory,
+    /// of this many bytes, with `sh` and the named programs in it. Everything in there may be
+    /// destroyed, the socket too: streams for afterwards are to be opened before. Needs root.
+    pub fn start_in_a_world_of_its_own(bytes: u64, programs: &[&str]) -> Self {
+        // The socket is reached by the name of the agent's root, which is not ours.
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let mut files = vec![program().display().to_string()];
+        for name in ["sh"].iter().chain(programs) {
+            let found = Command::new("which").arg(name).output().unwrap();
+            files.push(String::from_utf8(found.stdout).unwrap().trim().to_owned());
+        }
+        let libraries = Command::new("ldd").args(&files).output().unwrap();
+        let libraries = String::from_utf8(libraries.stdout).unwrap();
+        let words = libraries.split_whitespace();
+        files.extend(words.filter(|word| word.starts_with('/')).map(|word| {
+            // Of a file among others `ldd` writes its name and a colon.
+            word.trim_end_matches(':').to_owned()
+        }));
+        files.sort();
+        files.dedup();
+        // What is copied to a path of several names is found below all of them.
+        let script = "set -e; root=$1; shift; mount -t tmpfs -o size=$1 none $root; shift; agent=$1; \
+            mkdir -p $root/usr/bin $root/usr/lib $root/usr/lib64 $root/usr/sbin $root/etc; \
+            for one in bin sbin lib lib64; do ln -s usr/$one $root/$one; done; \
+            for file; do mkdir -p $root$(dirname $file); cp -L $file $root$file; done; \
+            mv $root$agent $root/agent; \
+            mkdir -p $root/proc $root/dev $root/workspace; mount -t proc none $root/proc; \
+            touch $root/dev/null; mount --bind /dev/null $root/dev/null; \
+            exec chroot $root /agent agent --socket /s --logs /var/lib/logs --workspace /workspace";
+        let log = std::fs::File::create(directory.path().join("log")).unwrap();
+        let own = program().display().to_string();
+        let child = Command::new("unshare")
+            .args([
+                "--pid",
+                "--mount",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ])
+            .arg(&root)
+            .arg(bytes.to_string())
+            .arg(&own)
+            .args(files.iter().filter(|file| **file != own))
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut agent = Self {
+            child,
+            directory,
+            cgroup: None,
+            inside: None,
+        };
+        let children = format!("/proc/{0}/task/{0}/children", agent.child.id());
+        eventually("the agent serves", || {
+            let inner = std::fs::read_to_string(&children).unwrap_or_default();
+            agent.inside = inner.split_whitespace().next().map(str::to_owned);
+            agent.inside.is_some() && UnixStream::connect(agent.socket()).is_ok()
+        });
+        agent.configure();
         agent
     }
 
@@ -118,7 +189,10 @@ impl Agent {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("s")
+        match &self.inside {
+            Some(process) => PathBuf::from(format!("/proc/{process}/root/s")),
+            None => self.directory.path().join("s"),
+        }
     }
 
     pub fn workspace(&self) -> PathBuf {

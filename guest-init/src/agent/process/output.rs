@@ -477,7 +477,7 @@ mod tests {
             put(&mut output, &[7; MAX_DATA]);
             bytes += MAX_DATA;
         }
-        assert!(bytes as u64 >= RING && bytes as u64 <= WINDOW, "{bytes}");
+        assert!((RING..=WINDOW).contains(&as_u64(bytes)), "{bytes}");
         assert!(matches!(output.find(0), Found::Piece(_)));
         output.advance(follower, as_u64(bytes));
         assert!(output.room() >= RING);
@@ -492,7 +492,7 @@ mod tests {
             assert!(output.room() > 0);
         }
         let kept = output.head() - output.dropped;
-        assert!(kept >= RING && kept < 2 * RING, "{kept}");
+        assert!((RING..2 * RING).contains(&kept), "{kept}");
         assert!(matches!(output.find(0), Found::NotInMemory { .. }));
         assert!(matches!(output.find(output.dropped), Found::Piece(_)));
     }
