@@ -9,7 +9,7 @@ use nix::sys::stat::Mode;
 use protocol::process::TerminalSize;
 
 /// From the kernel's `asm-generic/ioctls.h`: a number of type `T` (0x54).
-const TIOCGPTPEER: libc::c_ulong = 0x5441;
+const TIOCGPTPEER: libc::Ioctl = 0x5441;
 
 /// Where pseudo-terminals come from.
 pub(crate) struct Terminals {
