@@ -6,13 +6,15 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use protocol::Kind;
 use protocol::frame::MAX_DATA;
 use protocol::process::ProcessEnded;
+
+use crate::agent::lock;
 
 /// What one process may always keep in memory, and what is kept of it while its log does not work.
 pub(crate) const RING: u64 = 64 << 10;
@@ -23,8 +25,30 @@ const PLENTY: usize = 2 << 20;
 /// Reads at least so long become a chunk as they are; shorter ones are copied together.
 const WHOLE: usize = 48 << 10;
 
+/// Buffers that wait for their next use; memory that goes back to the system comes back slowly.
+const SPARE: usize = 32;
+
 /// Bytes in the windows of all processes.
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
+/// At most [`SPARE`] buffers of [`MAX_DATA`] bytes.
+static POOL: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+
+/// A buffer of [`MAX_DATA`] bytes to read into.
+pub(crate) fn take_buffer() -> Vec<u8> {
+    let mut buffer = lock(&POOL).pop().unwrap_or_default();
+    buffer.resize(MAX_DATA, 0);
+    buffer
+}
+
+/// Keeps a buffer for its next use, if it is one to read into and there is room for it.
+pub(crate) fn give_buffer(buffer: Vec<u8>) {
+    if buffer.capacity() >= MAX_DATA {
+        let mut pool = lock(&POOL);
+        if pool.len() < SPARE {
+            pool.push(buffer);
+        }
+    }
+}
 
 /// Where bytes came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,7 +316,9 @@ impl Output {
                 source,
                 data: Arc::new(data),
             });
-            *scratch = self.recycle();
+            // First, so that the new buffer can be one of those that are let go.
+            self.evict();
+            *scratch = take_buffer();
         } else {
             let joined = self.chunks.back_mut().is_some_and(|last| {
                 let fits =
@@ -317,17 +343,9 @@ impl Output {
         self.notify();
     }
 
-    /// A buffer to read into: one that nobody needs any more, or a new one.
-    fn recycle(&mut self) -> Vec<u8> {
-        let mut old = self.evict().unwrap_or_default();
-        old.resize(MAX_DATA, 0);
-        old
-    }
-
-    /// Lets go of what nobody needs; gives one of the buffers back.
-    fn evict(&mut self) -> Option<Vec<u8>> {
+    /// Lets go of what nobody needs.
+    fn evict(&mut self) {
         let followed = self.followed();
-        let mut buffer = None;
         while let Some(first) = self.chunks.front() {
             let end = first.end();
             let is_logged = end <= self.logged;
@@ -345,16 +363,13 @@ impl Output {
                 self.logged = end;
             }
             self.start = end;
-            if let Ok(data) = Arc::try_unwrap(first.data)
-                && data.capacity() >= WHOLE
-            {
-                buffer = Some(data);
+            if let Ok(data) = Arc::try_unwrap(first.data) {
+                give_buffer(data);
             }
         }
         if self.chunks.is_empty() {
             self.start = self.head;
         }
-        buffer
     }
 
     /// What is at `offset` for a reader of its own.

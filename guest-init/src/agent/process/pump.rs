@@ -17,7 +17,7 @@ use protocol::process::{ProcessEnd, ProcessEnded};
 
 use super::ending::{self, Cause};
 use super::life::{Body, Process};
-use super::output::{Source, as_u64};
+use super::output::{Source, as_u64, give_buffer, take_buffer};
 use crate::agent::poll::Interest;
 use crate::agent::{Agent, lock};
 use crate::log;
@@ -120,7 +120,7 @@ impl Pump {
             body,
             stdout: pipe(Some(stdout)),
             stderr: pipe(stderr),
-            scratch: vec![0; MAX_DATA],
+            scratch: take_buffer(),
             turn: Turn::default(),
             listening: true,
             stalled: None,
@@ -372,6 +372,7 @@ impl Drop for Pump {
         if !self.concluded {
             self.conclude();
         }
+        give_buffer(std::mem::take(&mut self.scratch));
     }
 }
 
