@@ -6,7 +6,7 @@ use std::sync::Arc;
 use protocol::frame::MAX_DATA;
 use protocol::id::ProcessId;
 use protocol::process::{
-    CommandMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
+    CommandMode, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
 };
 use protocol::{ErrorBody, Kind};
 use tokio::io::{ReadHalf, WriteHalf};
@@ -90,6 +90,11 @@ impl Command {
             cwd: self.cwd,
             env: self.env,
             stdin: self.stdin,
+            output: OutputMode::Follow,
+            user: Vec::new(),
+            deadline_ms: None,
+            memory_bytes: None,
+            terminal: None,
         })
     }
 }

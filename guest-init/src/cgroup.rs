@@ -51,6 +51,9 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
 pub(crate) struct Cgroups {
     directory: PathBuf,
     keeper: Arc<Keeper>,
+    missing: Vec<&'static str>,
+    /// How many tasks one command may have.
+    most_tasks: Option<u64>,
 }
 
 impl Cgroups {
@@ -72,8 +75,27 @@ impl Cgroups {
         let groups = Self {
             directory: directory.to_path_buf(),
             keeper,
+            missing: missing.clone(),
+            most_tasks: None,
         };
         Ok((groups, missing))
+    }
+
+    /// Bounds the tasks of all commands together; one of them may have three quarters of that, so
+    /// that a command that forks without end leaves room for the next one.
+    pub(crate) fn limit_tasks(&mut self, most: u64) -> Result<(), CgroupError> {
+        if !self.has("pids") {
+            return Ok(());
+        }
+        let path = self.directory.join("pids.max");
+        fs::write(&path, most.to_string()).map_err(failed("write", &path))?;
+        self.most_tasks = Some((most / 4).saturating_mul(3));
+        Ok(())
+    }
+
+    /// Whether the groups of commands have this controller.
+    pub(crate) fn has(&self, controller: &str) -> bool {
+        !self.missing.contains(&controller)
     }
 
     /// Makes the group of one command.
@@ -86,11 +108,15 @@ impl Cgroups {
             _ => {}
         }
         let directory = fs::File::open(&path).map_err(failed("open", &path))?;
-        Ok(CommandGroup {
+        let group = CommandGroup {
             path,
             directory: directory.into(),
             keeper: Arc::clone(&self.keeper),
-        })
+        };
+        if let Some(most) = self.most_tasks {
+            group.limit_tasks(most)?;
+        }
+        Ok(group)
     }
 
     /// Ends every process of every command.
@@ -142,6 +168,39 @@ impl CommandGroup {
     /// Ends every process in the group.
     pub(crate) fn kill(&self) {
         kill(&self.path);
+    }
+
+    /// Bounds the memory of everything in the group together. When it is used up, all of the group is
+    /// ended, so that nothing half-dead is left.
+    pub(crate) fn limit_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        self.set("memory.max", &bytes.to_string())?;
+        self.set("memory.oom.group", "1")?;
+        // A kernel without swap has no such file, and nothing to limit.
+        match self.set("memory.swap.max", "0") {
+            Err(CgroupError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Bounds how many tasks there may be in the group.
+    pub(crate) fn limit_tasks(&self, most: u64) -> Result<(), CgroupError> {
+        self.set("pids.max", &most.to_string())
+    }
+
+    fn set(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        let path = self.path.join(file);
+        fs::write(&path, value).map_err(failed("write", &path))
+    }
+
+    /// A file that `poll` finds interesting (POLLPRI) when the group becomes empty.
+    pub(crate) fn events(&self) -> Option<fs::File> {
+        fs::File::open(self.path.join("cgroup.events")).ok()
+    }
+
+    /// Whether there is a process in the group.
+    pub(crate) fn is_populated(&self) -> bool {
+        fs::read_to_string(self.path.join("cgroup.events"))
+            .is_ok_and(|events| counter(&events, "populated") > 0)
     }
 
     /// Whether the kernel ended a process of this group because memory ran out.

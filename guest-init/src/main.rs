@@ -12,7 +12,8 @@ mod system;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: guest-init agent --socket PATH [--cgroup DIR] [--workspace DIR]
+const USAGE: &str =
+    "usage: guest-init agent --socket PATH [--cgroup DIR] [--workspace DIR] [--logs DIR]
 Without arguments it is the first process of a virtual machine.";
 
 fn main() -> ExitCode {
@@ -50,11 +51,13 @@ fn agent_options(
     let mut socket = None;
     let mut cgroup = None;
     let mut workspace = None;
+    let mut logs = None;
     while let Some(flag) = arguments.next() {
         let slot = match flag.to_str() {
             Some("--socket") => &mut socket,
             Some("--cgroup") => &mut cgroup,
             Some("--workspace") => &mut workspace,
+            Some("--logs") => &mut logs,
             _ => return Err(format!("unknown argument {}", flag.display())),
         };
         let value = arguments
@@ -66,5 +69,6 @@ fn agent_options(
         socket: socket.ok_or("--socket is missing")?,
         cgroup,
         workspace: workspace.unwrap_or_else(|| PathBuf::from(agent::WORKSPACE)),
+        logs,
     })
 }

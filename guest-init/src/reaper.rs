@@ -1,6 +1,8 @@
 //! The one place that waits for children. Every exit status in the agent comes from here, for
 //! processes that the agent started as for orphans that it inherited, so no waiter can lose a race
-//! against another. Nothing else may call a function of the wait family.
+//! against another. Nothing else may call a function of the wait family. Whoever learns first that a
+//! child has ended, by its descriptor or by a signal, has the statuses collected here: no hand-over
+//! between threads lies between a child's exit and its last frame.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -38,8 +40,8 @@ pub(crate) struct Child {
     /// Its identifier; may name another process once [`status`](Self::status) is known.
     pub(crate) pid: libc::pid_t,
     status: OnceLock<Status>,
-    ended: EventFd,
-    parked: Mutex<Option<OwnedFd>>,
+    exited: OwnedFd,
+    collected: EventFd,
 }
 
 impl Child {
@@ -48,23 +50,22 @@ impl Child {
         self.status.get().copied()
     }
 
-    /// Becomes readable when the status is known, and stays so.
-    pub(crate) fn ended(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
+    /// Becomes readable when it has ended, and stays so. Its status may not be there for the taking
+    /// yet: somebody who traces it is served first.
+    pub(crate) fn exited(&self) -> BorrowedFd<'_> {
+        self.exited.as_fd()
     }
 
-    /// Keeps a descriptor open until the process has ended.
-    pub(crate) fn park(&self, descriptor: OwnedFd) {
-        if self.status().is_none() {
-            *lock(&self.parked) = Some(descriptor);
-        }
+    /// Becomes readable when the status is known, and stays so.
+    pub(crate) fn collected(&self) -> BorrowedFd<'_> {
+        self.collected.as_fd()
     }
 }
 
 struct Entry {
     child: Arc<Child>,
     /// What must live as long as the process.
-    keep: Box<dyn Any + Send>,
+    _keep: Box<dyn Any + Send>,
 }
 
 /// All children of this process.
@@ -82,27 +83,28 @@ struct State {
 }
 
 impl Reaper {
-    /// Starts a process by calling `spawn`, which gives its identifier. It is known here before its
-    /// status can be collected, however fast it ends. `keep` is dropped after it has ended.
+    /// Starts a process by calling `spawn`, which gives its identifier and a descriptor of it. It is
+    /// known here before its status can be collected, however fast it ends. `keep` is dropped after
+    /// it has ended.
     pub(crate) fn start<E: From<Errno>>(
         &self,
         keep: Box<dyn Any + Send>,
-        spawn: impl FnOnce() -> Result<libc::pid_t, E>,
+        spawn: impl FnOnce() -> Result<(libc::pid_t, OwnedFd), E>,
     ) -> Result<Arc<Child>, E> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let ended = EventFd::from_flags(flags)?;
+        let collected = EventFd::from_flags(flags)?;
         // Held across the start: `collect` cannot see the process before its entry is there.
         let mut state = lock(&self.state);
-        let pid = spawn()?;
+        let (pid, exited) = spawn()?;
         let child = Arc::new(Child {
             pid,
             status: OnceLock::new(),
-            ended,
-            parked: Mutex::new(None),
+            exited,
+            collected,
         });
         let entry = Entry {
             child: Arc::clone(&child),
-            keep,
+            _keep: keep,
         };
         state.entries.insert(pid, entry);
         Ok(child)
@@ -126,15 +128,15 @@ impl Reaper {
             };
             let entry = state.entries.remove(&pid);
             state.collected = state.collected.wrapping_add(1);
-            drop(state);
-            if let Some(Entry { child, keep }) = entry {
-                // The entry was removed above, so this is the only status it ever gets.
+            if let Some(Entry { child, .. }) = &entry {
+                // The entry was removed above, so this is the only status it ever gets. Under the
+                // lock: who finds nothing left to collect finds every status set.
                 let _ = child.status.set(status);
-                *lock(&child.parked) = None;
                 // The counter holds at most one; it cannot overflow.
-                let _ = child.ended.write(1);
-                drop(keep);
+                let _ = child.collected.write(1);
             }
+            drop(state);
+            drop(entry);
             self.reaped.notify_all();
         }
     }

@@ -335,10 +335,17 @@ fn the_environment_is_defaults_then_machine_then_request() {
     ];
     let output = agent.run(&request);
     let lines: Vec<&str> = output.text().lines().collect();
-    for expected in ["HOME=/root", "USER=root", "FROM_VM=yes", "MINE=1"] {
+    for expected in [
+        "HOME=/root",
+        "USER=root",
+        "LOGNAME=root",
+        "FROM_VM=yes",
+        "MINE=1",
+    ] {
         assert!(lines.contains(&expected), "{expected} is not in {lines:?}");
     }
-    assert_eq!(lines.len(), 5, "{lines:?}");
+    // PATH and SHELL too; LANG was taken away.
+    assert_eq!(lines.len(), 7, "{lines:?}");
 }
 
 #[test]
@@ -431,20 +438,42 @@ fn a_process_outlives_its_client_and_never_stands_still() {
 }
 
 #[test]
-fn a_process_id_in_use_is_not_started_twice() {
+fn a_repeated_start_attaches_instead_of_starting_twice() {
     let agent = Agent::start();
     let mut first = agent.connect();
-    let request = shell("sleep 600");
+    let request = shell("echo once >> starts; echo started; read line; echo $line");
+    let request = protocol::process::StartProcess {
+        stdin: StdinMode::Pipe,
+        ..request
+    };
     first.send(&request);
-    first.started();
+    let pid = first.started().pid;
+    assert_eq!(first.frame().unwrap().body, b"started\n");
+    // The connection is lost; the same request comes again.
+    drop(first);
     let mut second = agent.connect();
     second.send(&request);
-    assert_eq!(second.error().code, ErrorCode::ProcessExists);
-    first.signal(libc::SIGKILL);
-    first.output();
-    let mut third = agent.connect();
-    third.send(&shell("true"));
-    assert_eq!(third.output().ended.exit_code, 0);
+    assert_eq!(second.started().pid, pid);
+    second.send_raw(Kind::STDIN, b"on\n");
+    assert_eq!(second.output().text(), "started\non\n");
+    // And once more after the end.
+    let again = agent.run(&request);
+    assert_eq!(again.text(), "started\non\n");
+    let starts = std::fs::read_to_string(agent.workspace().join("starts")).unwrap();
+    assert_eq!(starts, "once\n");
+}
+
+#[test]
+fn an_id_in_use_for_another_command_is_refused_by_name() {
+    let agent = Agent::start();
+    let first = shell("true");
+    agent.run(&first);
+    let mut client = agent.connect();
+    client.send(&protocol::process::StartProcess {
+        id: first.id,
+        ..shell("false")
+    });
+    assert_eq!(client.error().code, ErrorCode::ProcessExists);
 }
 
 #[test]

@@ -58,6 +58,18 @@ wire_enum! {
         GenerationUnsupported = 23,
         /// Another VM of the same owner has this name.
         NameTaken = 24,
+        /// There is no process with this id, running or remembered.
+        NoSuchProcess = 32,
+        /// The process has ended; it takes no input and no signals any more.
+        ProcessNotRunning = 33,
+        /// The process still runs; end it first.
+        ProcessRunning = 34,
+        /// The process has no standard input to write to, or it was closed.
+        InputClosed = 35,
+        /// The guest's kernel lacks what a limit needs.
+        LimitUnavailable = 36,
+        /// As many processes run as the agent looks after.
+        TooManyProcesses = 37,
     }
 }
 

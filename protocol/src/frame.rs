@@ -71,10 +71,43 @@ impl Kind {
     pub const STDOUT: Self = Self(0x0204);
     /// Raw bytes that the process wrote to standard error.
     pub const STDERR: Self = Self(0x0205);
-    /// [`ProcessEnded`](crate::process::ProcessEnded), the last frame of the stream.
+    /// [`ProcessEnded`](crate::process::ProcessEnded), the last frame of its stream.
     pub const PROCESS_ENDED: Self = Self(0x0206);
     /// [`SignalProcess`](crate::process::SignalProcess), client to agent, unanswered.
     pub const SIGNAL_PROCESS: Self = Self(0x0207);
+    /// [`ResizeTerminal`](crate::process::ResizeTerminal), client to agent, unanswered.
+    pub const RESIZE_TERMINAL: Self = Self(0x0208);
+    /// [`OutputGap`](crate::process::OutputGap), in the place of output that is no longer kept.
+    pub const OUTPUT_GAP: Self = Self(0x0209);
+
+    /// [`AttachProcess`](crate::processes::AttachProcess), answered by [`Kind::PROCESS_ATTACHED`].
+    pub const ATTACH_PROCESS: Self = Self(0x0210);
+    /// [`ProcessAttached`](crate::processes::ProcessAttached); output follows.
+    pub const PROCESS_ATTACHED: Self = Self(0x0211);
+    /// [`OutputReplayed`](crate::processes::OutputReplayed), the last frame of a replay that does
+    /// not follow a process that still runs.
+    pub const OUTPUT_REPLAYED: Self = Self(0x0212);
+    /// [`ListProcesses`](crate::processes::ListProcesses), answered by [`Kind::PROCESS_PAGE`].
+    pub const LIST_PROCESSES: Self = Self(0x0213);
+    /// [`ProcessPage`](crate::processes::ProcessPage).
+    pub const PROCESS_PAGE: Self = Self(0x0214);
+    /// [`WaitProcess`](crate::processes::WaitProcess), answered by [`Kind::PROCESS`].
+    pub const WAIT_PROCESS: Self = Self(0x0215);
+    /// [`ProcessInfo`](crate::processes::ProcessInfo).
+    pub const PROCESS: Self = Self(0x0216);
+    /// [`WriteStdin`](crate::processes::WriteStdin); [`Kind::STDIN`] frames follow. Answered by
+    /// [`Kind::STDIN_WRITTEN`].
+    pub const WRITE_STDIN: Self = Self(0x0217);
+    /// [`StdinWritten`](crate::processes::StdinWritten).
+    pub const STDIN_WRITTEN: Self = Self(0x0218);
+    /// [`SendSignal`](crate::processes::SendSignal), answered by [`Kind::PROCESS`].
+    pub const SEND_SIGNAL: Self = Self(0x0219);
+    /// [`KillProcess`](crate::processes::KillProcess), answered by [`Kind::PROCESS`].
+    pub const KILL_PROCESS: Self = Self(0x021a);
+    /// [`RemoveProcess`](crate::processes::RemoveProcess), answered by [`Kind::PROCESS_REMOVED`].
+    pub const REMOVE_PROCESS: Self = Self(0x021b);
+    /// [`ProcessRemoved`](crate::processes::ProcessRemoved).
+    pub const PROCESS_REMOVED: Self = Self(0x021c);
 }
 
 impl fmt::Debug for Kind {

@@ -2,8 +2,9 @@
 //! [`ProcessStarted`], then sends output as it comes in `STDOUT` and `STDERR` frames of raw bytes,
 //! and [`ProcessEnded`] last. The order of the frames is the merged order of the output.
 //!
-//! The client may send `STDIN` frames of raw bytes, `STDIN_END` and [`SignalProcess`] meanwhile.
-//! Paths, arguments and variables are bytes without NUL.
+//! The client may send `STDIN` frames of raw bytes, `STDIN_END`, [`SignalProcess`] and
+//! [`ResizeTerminal`] meanwhile. Paths, arguments and variables are bytes without NUL. The process
+//! does not depend on the stream: [`processes`](crate::processes) finds it again by its id.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,26 @@ pub struct StartProcess {
     pub env: Vec<(Vec<u8>, Option<Vec<u8>>)>,
     /// What standard input is.
     pub stdin: StdinMode,
+    /// What a reader that is slower than the process means for the process.
+    pub output: OutputMode,
+    /// Whose process it is: a name or a number of the guest's /etc/passwd. Empty means root.
+    pub user: Vec<u8>,
+    /// After so many milliseconds it gets SIGTERM, and five seconds later SIGKILL. None: no limit.
+    pub deadline_ms: Option<u64>,
+    /// How many bytes of memory it and what it starts may use together. None: no limit of its own.
+    pub memory_bytes: Option<u64>,
+    /// A terminal for its input and output, of this size; then `stdin` is of no meaning and
+    /// everything it writes is standard output. None: pipes.
+    pub terminal: Option<TerminalSize>,
+}
+
+/// The size of a terminal in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
 }
 
 wire_enum! {
@@ -46,6 +67,18 @@ wire_enum! {
         Null = 0,
         /// A pipe that `STDIN` frames go into.
         Pipe = 1,
+    }
+}
+
+wire_enum! {
+    /// What becomes of output that is not read as fast as it is written.
+    OutputMode: u8 {
+        /// The process is held back while a reader follows that is slower, and nothing is lost to
+        /// it. Once no reader follows, the process runs free. The stream of the start is a reader.
+        Follow = 0,
+        /// Nobody holds the process back; what exceeds the log's bound is dropped, oldest first.
+        /// The stream of the start ends with [`ProcessStarted`].
+        Log = 1,
     }
 }
 
@@ -73,10 +106,16 @@ wire_enum! {
         StartFailed = 5,
         /// The kernel ended it because memory ran out (exit code 137).
         OutOfMemory = 6,
+        /// [`StartProcess::deadline_ms`] had passed.
+        TimedOut = 7,
+        /// A client asked for its end by [`KillProcess`](crate::processes::KillProcess).
+        Killed = 8,
+        /// The VM was restarted while it ran (exit code 255).
+        Lost = 9,
     }
 }
 
-/// The last frame of a stream.
+/// How a process ended; as a frame the last one of its stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessEnded {
     /// Why it is no more.
@@ -98,11 +137,27 @@ pub struct SignalProcess {
     pub signal: u8,
 }
 
+/// Changes the size of the process's terminal; without a terminal it is of no effect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResizeTerminal {
+    /// The new size.
+    pub size: TerminalSize,
+}
+
+/// Stands where output was that is no longer kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputGap {
+    /// How many bytes of the merged output are missing here.
+    pub bytes: u64,
+}
+
 messages! {
     START_PROCESS => StartProcess,
     PROCESS_STARTED => ProcessStarted,
     PROCESS_ENDED => ProcessEnded,
     SIGNAL_PROCESS => SignalProcess,
+    RESIZE_TERMINAL => ResizeTerminal,
+    OUTPUT_GAP => OutputGap,
 }
 
 #[cfg(test)]
@@ -129,10 +184,19 @@ mod tests {
             cwd: b"/".to_vec(),
             env: vec![(b"A".to_vec(), Some(b"1".to_vec())), (b"B".to_vec(), None)],
             stdin: StdinMode::Pipe,
+            output: OutputMode::Log,
+            user: b"u".to_vec(),
+            deadline_ms: Some(300),
+            memory_bytes: Some(1 << 20),
+            terminal: Some(TerminalSize {
+                columns: 80,
+                rows: 24,
+            }),
         };
-        let mut bytes = b"\x24\0\0\0\x00\x02\0".to_vec();
+        let mut bytes = b"\x31\0\0\0\x00\x02\0".to_vec();
         bytes.extend_from_slice(&[9; 16]);
         bytes.extend_from_slice(b"\0\x02\x02ls\x02-l\x01/\x02\x01A\x01\x011\x01B\0\x01");
+        bytes.extend_from_slice(b"\x01\x01u\x01\xac\x02\x01\x80\x80\x40\x01\x50\x18");
         golden(&start, &bytes);
     }
 
@@ -151,5 +215,14 @@ mod tests {
         };
         golden(&ended, b"\x06\0\0\0\x06\x02\0\x01\x8b\x0b\x01\x01k");
         golden(&SignalProcess { signal: 15 }, b"\x01\0\0\0\x07\x02\0\x0f");
+        let size = TerminalSize {
+            columns: 300,
+            rows: 1,
+        };
+        golden(
+            &ResizeTerminal { size },
+            b"\x03\0\0\0\x08\x02\0\xac\x02\x01",
+        );
+        golden(&OutputGap { bytes: 300 }, b"\x02\0\0\0\x09\x02\0\xac\x02");
     }
 }

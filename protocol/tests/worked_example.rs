@@ -5,7 +5,7 @@
 use protocol::hello::{Hello, HelloOk, Limits};
 use protocol::id::ProcessId;
 use protocol::process::{
-    CommandMode, ProcessEnd, ProcessEnded, ProcessStarted, StartProcess, StdinMode,
+    CommandMode, OutputMode, ProcessEnd, ProcessEnded, ProcessStarted, StartProcess, StdinMode,
 };
 use protocol::vm::{OpenVm, Opened};
 use protocol::{ErrorBody, ErrorCode, Kind, encode, frame};
@@ -40,6 +40,11 @@ fn the_documented_bytes_are_the_ones_on_the_wire() {
         cwd: Vec::new(),
         env: Vec::new(),
         stdin: StdinMode::Null,
+        output: OutputMode::Follow,
+        user: Vec::new(),
+        deadline_ms: None,
+        memory_bytes: None,
+        terminal: None,
     };
     let ended = ProcessEnded {
         end: ProcessEnd::Exited,

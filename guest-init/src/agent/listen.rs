@@ -23,8 +23,8 @@ use nix::sys::stat::Mode;
 use protocol::agent::AGENT_PORT;
 
 use super::poll::{self, Interest};
-use super::process::Drain;
-use super::{Agent, Machine, WORKSPACE};
+use super::process::{self, Drain, Registry, Terminals};
+use super::{Agent, LOGS, Machine, WORKSPACE};
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::log;
 use crate::reaper::Reaper;
@@ -76,6 +76,8 @@ pub(crate) struct UnixOptions {
     pub(crate) cgroup: Option<PathBuf>,
     /// Where commands start when they do not say otherwise.
     pub(crate) workspace: PathBuf,
+    /// Where the output of processes is kept; none means in memory only.
+    pub(crate) logs: Option<PathBuf>,
 }
 
 /// Serves on a Unix socket as an ordinary process. Returns only when it cannot.
@@ -95,7 +97,7 @@ pub(crate) fn serve_unix(options: UnixOptions) -> Result<(), ListenError> {
         None => None,
     };
     nix::sys::prctl::set_child_subreaper(true).map_err(system("become the parent of orphans"))?;
-    let agent = Agent::new(Machine::Borrowed, options.workspace, cgroups)?;
+    let agent = Agent::new(Machine::Borrowed, options.workspace, options.logs, cgroups)?;
     let failed = |cause| ListenError::Socket {
         path: options.socket.clone(),
         cause,
@@ -112,7 +114,12 @@ pub(crate) fn serve_unix(options: UnixOptions) -> Result<(), ListenError> {
 
 /// Serves on vsock in a machine of its own. Returns only when it cannot.
 pub(crate) fn serve_vsock(cgroups: Cgroups) -> Result<(), ListenError> {
-    let agent = Agent::new(Machine::Own, PathBuf::from(WORKSPACE), Some(cgroups))?;
+    let agent = Agent::new(
+        Machine::Own,
+        PathBuf::from(WORKSPACE),
+        Some(PathBuf::from(LOGS)),
+        Some(cgroups),
+    )?;
     let listener = vsock_socket(SockFlag::SOCK_CLOEXEC)?;
     let address = VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT);
     bind(listener.as_raw_fd(), &address).map_err(system("bind vsock port 1024"))?;
@@ -146,8 +153,10 @@ impl Agent {
     fn new(
         machine: Machine,
         workspace: PathBuf,
+        logs: Option<PathBuf>,
         cgroups: Option<Cgroups>,
     ) -> Result<Arc<Self>, ListenError> {
+        process::note_ignored_signals();
         raise_descriptor_limit(machine).map_err(system("set the limit of descriptors"))?;
         let mut signals = SigSet::empty();
         for signal in [
@@ -174,7 +183,8 @@ impl Agent {
                 .map_err(system("open /dev/null"))?,
             proc: open("/proc", open_directory, Mode::empty()).map_err(system("open /proc"))?,
             configuration: Mutex::default(),
-            processes: Mutex::default(),
+            registry: Registry::new(logs),
+            terminals: Terminals::find(),
             streams: AtomicUsize::new(0),
             powering_off: AtomicBool::new(false),
         });
@@ -182,6 +192,10 @@ impl Agent {
         start_thread("signals", move || restart(|| receiver.receive(&signals)))?;
         let drainer = Arc::clone(&agent);
         start_thread("drain", move || restart(|| drainer.drain.run()))?;
+        let writer = Arc::clone(&agent);
+        start_thread("logs", move || {
+            restart(|| writer.registry.logs.run(|one| writer.registry.trim(one)));
+        })?;
         Ok(agent)
     }
 

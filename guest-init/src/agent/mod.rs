@@ -29,27 +29,26 @@ mod stream;
 pub(crate) use listen::{UnixOptions, serve_unix, serve_vsock};
 pub(crate) use power::power_off;
 
-use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use protocol::agent::{Configure, PowerOff};
-use protocol::id::ProcessId;
 use protocol::message::decode_body;
-use protocol::process::StartProcess;
 use protocol::{ErrorBody, ErrorCode, Kind};
 
 use crate::cgroup::Cgroups;
 use crate::log;
 use crate::reaper::Reaper;
 use configure::Configuration;
-use process::Drain;
+use process::{Drain, Registry, Terminals};
 use stream::{Stream, StreamError};
 
 /// Where commands start when they do not say otherwise.
 pub(crate) const WORKSPACE: &str = "/workspace";
+/// Where the output of processes is kept.
+pub(crate) const LOGS: &str = "/var/lib/supvm/processes";
 /// Streams that are served at once.
 const MAX_STREAMS: usize = 512;
 /// A stream's stack. Nothing on a stream's way recurses.
@@ -74,7 +73,8 @@ pub(crate) struct Agent {
     dev_null: OwnedFd,
     proc: OwnedFd,
     configuration: Mutex<Configuration>,
-    processes: Mutex<HashSet<ProcessId>>,
+    registry: Registry,
+    terminals: Terminals,
     streams: AtomicUsize,
     powering_off: AtomicBool,
 }
@@ -94,7 +94,7 @@ impl Agent {
 
     /// Serves a new connection on a thread of its own, or refuses it.
     fn accept(self: &Arc<Self>, socket: OwnedFd) {
-        let stream = Stream::new(socket);
+        let mut stream = Stream::new(socket);
         let Some(place) = Place::take(self) else {
             log::warn(format_args!(
                 "event=stream_refused reason=\"{MAX_STREAMS} streams are open\""
@@ -107,12 +107,12 @@ impl Agent {
             refuse_now(stream, &error);
             return;
         };
+        stream.keep(Box::new(place));
         let agent = Arc::clone(self);
         let spawned = std::thread::Builder::new()
             .name("stream".to_owned())
             .stack_size(STACK)
             .spawn(move || {
-                let _place = place;
                 contain(|| agent.serve(stream));
             });
         if let Err(error) = spawned {
@@ -135,24 +135,16 @@ impl Agent {
                         Err(error) => stream.refuse(&error.into()),
                     };
                 }
-                Kind::START_PROCESS | Kind::POWER_OFF if !self.is_configured() => {
+                kind if (process::is_request(kind) || kind == Kind::POWER_OFF)
+                    && !self.is_configured() =>
+                {
                     let message =
                         "the agent waits for its configuration; try again once the VM is ready";
                     let error = ErrorBody::host(ErrorCode::NotConfigured, message);
                     return stream.refuse(&error.retryable_after_ms(100));
                 }
-                Kind::START_PROCESS if self.powering_off.load(Ordering::Acquire) => {
-                    let message = "the VM is powering off";
-                    return stream.refuse(&ErrorBody::caller(ErrorCode::VmStopped, message));
-                }
-                Kind::START_PROCESS => {
-                    return match decode_body::<StartProcess>(&frame.body) {
-                        Ok(request) => {
-                            drop(frame);
-                            process::run(self, request, stream, frames)
-                        }
-                        Err(error) => stream.refuse(&error.into()),
-                    };
+                kind if process::is_request(kind) => {
+                    return process::serve(self, frame, stream, frames);
                 }
                 Kind::POWER_OFF => {
                     return match decode_body::<PowerOff>(&frame.body) {

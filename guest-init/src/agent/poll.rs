@@ -34,6 +34,15 @@ impl Interest {
         })
     }
 
+    /// Something out of the ordinary has happened, as the files of control groups say it.
+    pub(crate) fn news(descriptor: BorrowedFd<'_>) -> Self {
+        Self(libc::pollfd {
+            fd: descriptor.as_raw_fd(),
+            events: libc::POLLPRI,
+            revents: 0,
+        })
+    }
+
     /// The end of what the peer sends is of interest, though its bytes may not be.
     pub(crate) fn and_end(mut self) -> Self {
         self.0.events |= libc::POLLRDHUP;

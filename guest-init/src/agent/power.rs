@@ -52,6 +52,7 @@ pub(crate) fn power_off(agent: &Arc<Agent>, grace: Duration) {
             ));
         }
     }
+    agent.registry.logs.flush();
     match agent.machine {
         Machine::Own => shutdown::disks_and_power(),
         Machine::Borrowed => std::process::exit(0),

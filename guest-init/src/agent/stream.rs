@@ -1,15 +1,18 @@
 //! One connection as frames. Reads and writes never block: whoever uses a stream waits for it with
 //! [`poll`](super::poll) and stops reading while too much is waiting to be written.
 
+use std::any::Any;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags, Shutdown};
-use protocol::frame::{self, FrameError, FrameReader};
+use protocol::frame::{self, FrameError, FrameReader, HEADER_LEN};
 use protocol::message::{Message, MessageError};
-use protocol::{ErrorBody, Frame};
+use protocol::{ErrorBody, Frame, Kind};
 
 use super::poll::{self, Interest};
+use super::process::{Piece, as_u64};
 use crate::log;
 
 /// Bytes taken from the connection in one go.
@@ -46,6 +49,10 @@ pub(crate) struct Stream {
     reader: FrameReader,
     output: Vec<u8>,
     sent: usize,
+    /// The rest of a data frame, to be sent behind `output`.
+    data: Option<Piece>,
+    /// Lives as long as the connection.
+    _keep: Option<Box<dyn Any + Send>>,
 }
 
 impl Stream {
@@ -56,7 +63,14 @@ impl Stream {
             reader: FrameReader::new(),
             output: Vec::new(),
             sent: 0,
+            data: None,
+            _keep: None,
         }
+    }
+
+    /// Keeps something for as long as the connection is open.
+    pub(crate) fn keep(&mut self, thing: Box<dyn Any + Send>) {
+        self._keep = Some(thing);
     }
 
     /// What to wait for.
@@ -66,7 +80,11 @@ impl Stream {
 
     /// Bytes that wait to be sent.
     pub(crate) fn pending(&self) -> usize {
-        self.output.len().saturating_sub(self.sent)
+        let data = self.data.as_ref().map_or(0, |data| data.bytes().len());
+        self.output
+            .len()
+            .saturating_sub(self.sent)
+            .saturating_add(data)
     }
 
     /// Whether the peer still takes what is sent. A vsock peer that has closed everything is no hang-up
@@ -100,24 +118,41 @@ impl Stream {
     /// Queues a message.
     pub(crate) fn queue<M: Message>(&mut self, message: &M) -> Result<(), StreamError> {
         let body = protocol::message::encode_body(message)?;
+        // A frame begins behind the end of the one before it.
+        if let Some(data) = self.data.take() {
+            self.output.extend_from_slice(data.bytes());
+        }
         frame::append(&mut self.output, M::KIND, &body)?;
         Ok(())
     }
 
-    /// Sends bytes that are whole frames: at once if possible, the rest is queued.
-    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
-        let mut rest = bytes;
-        if self.pending() == 0 {
-            let sent = write_some(self.socket.as_fd(), bytes)?;
-            rest = bytes.get(sent..).unwrap_or_default();
+    /// Sends a data frame: at once if possible, the rest is queued without being copied.
+    pub(crate) fn send(&mut self, kind: Kind, piece: Piece) -> Result<(), StreamError> {
+        self.flush()?;
+        let head = frame::header_for(kind, piece.bytes().len())?;
+        if self.pending() > 0 {
+            if let Some(data) = self.data.take() {
+                self.output.extend_from_slice(data.bytes());
+            }
+            self.output.extend_from_slice(&head);
+            self.data = Some(piece);
+            return Ok(());
         }
-        self.output.extend_from_slice(rest);
+        let parts = [IoSlice::new(&head), IoSlice::new(piece.bytes())];
+        let sent = write_parts(self.socket.as_fd(), &parts)?;
+        if let Some(rest) = head.get(sent..) {
+            self.output.extend_from_slice(rest);
+        }
+        let piece = piece.skip(as_u64(sent.saturating_sub(HEADER_LEN)));
+        if piece.len() > 0 {
+            self.data = Some(piece);
+        }
         Ok(())
     }
 
     /// Sends as much of what is queued as possible now.
     pub(crate) fn flush(&mut self) -> Result<(), StreamError> {
-        while self.pending() > 0 {
+        while self.output.len() > self.sent {
             let rest = self.output.get(self.sent..).unwrap_or_default();
             match write_some(self.socket.as_fd(), rest)? {
                 0 => return Ok(()),
@@ -126,6 +161,16 @@ impl Stream {
         }
         self.output.clear();
         self.sent = 0;
+        while let Some(data) = self.data.take() {
+            let sent = write_some(self.socket.as_fd(), data.bytes())?;
+            let rest = data.skip(as_u64(sent));
+            if rest.len() > 0 {
+                self.data = Some(rest);
+                if sent == 0 {
+                    return Ok(());
+                }
+            }
+        }
         Ok(())
     }
 
@@ -177,6 +222,17 @@ impl Stream {
     }
 }
 
+fn write_parts(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usize, StreamError> {
+    loop {
+        let socket = socket.as_raw_fd();
+        match socket::sendmsg::<()>(socket, parts, &[], MsgFlags::MSG_NOSIGNAL, None) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(0),
+            other => return other.map_err(StreamError::Gone),
+        }
+    }
+}
+
 fn write_some(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, StreamError> {
     loop {
         match socket::send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
@@ -194,6 +250,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::agent::process::Source;
 
     #[test]
     fn a_peer_that_has_gone_is_told_from_one_that_only_says_no_more() {
@@ -213,8 +270,45 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let mut stream = Stream::new(ours.into());
-        stream.send(&vec![0; 4 << 20]).unwrap();
+        let piece = Piece::new(Source::Stdout, vec![0; 1 << 20]);
+        stream.send(Kind::STDOUT, piece).unwrap();
         assert!(stream.pending() > 0);
         assert!(stream.is_heard());
+    }
+
+    #[test]
+    fn frames_stay_whole_however_much_the_connection_takes() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut stream = Stream::new(ours.into());
+        let data: Vec<u8> = (0..65_536_u32).map(|i| (i % 251) as u8).collect();
+        let reading = std::thread::spawn(move || {
+            let (mut reader, mut frames) = (FrameReader::new(), Vec::new());
+            let mut theirs = theirs;
+            let mut buffer = vec![0; 777];
+            while let Ok(count @ 1..) = std::io::Read::read(&mut theirs, &mut buffer) {
+                let mut rest = &buffer[..count];
+                while let Some(frame) = reader.push(&mut rest).unwrap() {
+                    frames.push(frame);
+                }
+            }
+            frames
+        });
+        for _ in 0..40 {
+            let piece = Piece::new(Source::Stderr, data.clone());
+            stream.send(Kind::STDERR, piece).unwrap();
+            stream
+                .queue(&protocol::process::OutputGap { bytes: 5 })
+                .unwrap();
+        }
+        stream
+            .finish(&protocol::process::OutputGap { bytes: 6 })
+            .unwrap();
+        let frames = reading.join().unwrap();
+        assert_eq!(frames.len(), 81);
+        for pair in frames.chunks_exact(2) {
+            assert_eq!((pair[0].kind, &pair[0].body), (Kind::STDERR, &data));
+            assert_eq!(pair[1].kind, Kind::OUTPUT_GAP);
+        }
     }
 }

@@ -127,9 +127,11 @@ fn control_groups() -> Result<Cgroups, BootError> {
         log::warn(format_args!("event=agent_group_failed error=\"{error}\""));
     }
     write_setting("/sys/fs/cgroup/agent/cgroup.procs", "0");
-    let (groups, _) = Cgroups::prepare(&root.join("user"))?;
-    if let Some(most) = user_tasks() {
-        write_setting("/sys/fs/cgroup/user/pids.max", &most.to_string());
+    let (mut groups, _) = Cgroups::prepare(&root.join("user"))?;
+    if let Some(most) = user_tasks()
+        && let Err(error) = groups.limit_tasks(most)
+    {
+        log::warn(format_args!("event=tasks_not_limited error=\"{error}\""));
     }
     Ok(groups)
 }

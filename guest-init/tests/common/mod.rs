@@ -12,7 +12,11 @@ use protocol::agent::{Configure, Configured};
 use protocol::id::ProcessId;
 use protocol::message::{self, Message};
 use protocol::process::{
-    CommandMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
+    CommandMode, OutputGap, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess,
+    StdinMode,
+};
+use protocol::processes::{
+    AttachFrom, AttachProcess, OutputReplayed, ProcessAttached, ProcessInfo, WaitProcess,
 };
 use protocol::{ErrorBody, Frame, FrameReader, Kind, frame};
 
@@ -24,6 +28,8 @@ pub struct Agent {
     pub child: Child,
     pub directory: tempfile::TempDir,
     cgroup: Option<PathBuf>,
+    /// The agent's process, where it has another root than we have.
+    inside: Option<String>,
 }
 
 impl Agent {
@@ -61,11 +67,100 @@ impl Agent {
     pub fn start_unconfigured(wrapper: &[&str], cgroup: Option<PathBuf>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("workspace")).unwrap();
-        let program = env!("CARGO_BIN_EXE_guest-init");
+        let child = Self::launch(wrapper, directory.path(), cgroup.as_deref());
+        let agent = Self {
+            child,
+            directory,
+            cgroup,
+            inside: None,
+        };
+        agent.until_it_serves();
+        agent
+    }
+
+    /// One that is process 1 of a PID namespace and whose root is a file system of its own in memory,
+    /// of this many bytes, with `sh` and the named programs in it. Everything in there may be
+    /// destroyed, the socket too: streams for afterwards are to be opened before. Needs root.
+    pub fn start_in_a_world_of_its_own(bytes: u64, programs: &[&str]) -> Self {
+        // The socket is reached by the name of the agent's root, which is not ours.
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let mut files = vec![program().display().to_string()];
+        for name in ["sh"].iter().chain(programs) {
+            let found = Command::new("which").arg(name).output().unwrap();
+            files.push(String::from_utf8(found.stdout).unwrap().trim().to_owned());
+        }
+        let libraries = Command::new("ldd").args(&files).output().unwrap();
+        let libraries = String::from_utf8(libraries.stdout).unwrap();
+        let words = libraries.split_whitespace();
+        files.extend(words.filter(|word| word.starts_with('/')).map(|word| {
+            // Of a file among others `ldd` writes its name and a colon.
+            word.trim_end_matches(':').to_owned()
+        }));
+        files.sort();
+        files.dedup();
+        // What is copied to a path of several names is found below all of them.
+        let script = "set -e; root=$1; shift; mount -t tmpfs -o size=$1 none $root; shift; agent=$1; \
+            mkdir -p $root/usr/bin $root/usr/lib $root/usr/lib64 $root/usr/sbin $root/etc; \
+            for one in bin sbin lib lib64; do ln -s usr/$one $root/$one; done; \
+            for file; do mkdir -p $root$(dirname $file); cp -L $file $root$file; done; \
+            mv $root$agent $root/agent; \
+            mkdir -p $root/proc $root/dev $root/workspace; mount -t proc none $root/proc; \
+            touch $root/dev/null; mount --bind /dev/null $root/dev/null; \
+            exec chroot $root /agent agent --socket /s --logs /var/lib/logs --workspace /workspace";
+        let log = std::fs::File::create(directory.path().join("log")).unwrap();
+        let own = program().display().to_string();
+        let child = Command::new("unshare")
+            .args([
+                "--pid",
+                "--mount",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ])
+            .arg(&root)
+            .arg(bytes.to_string())
+            .arg(&own)
+            .args(files.iter().filter(|file| **file != own))
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut agent = Self {
+            child,
+            directory,
+            cgroup: None,
+            inside: None,
+        };
+        let children = format!("/proc/{0}/task/{0}/children", agent.child.id());
+        eventually("the agent serves", || {
+            let inner = std::fs::read_to_string(&children).unwrap_or_default();
+            agent.inside = inner.split_whitespace().next().map(str::to_owned);
+            agent.inside.is_some() && UnixStream::connect(agent.socket()).is_ok()
+        });
+        agent.configure();
+        agent
+    }
+
+    /// Ends it at once, as a crash would, and starts it again in the same place.
+    pub fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = Self::launch(&[], self.directory.path(), self.cgroup.as_deref());
+        self.until_it_serves();
+        self.configure();
+    }
+
+    fn launch(wrapper: &[&str], directory: &Path, cgroup: Option<&Path>) -> Child {
+        let program = program();
         let mut command = match wrapper.split_first() {
             Some((first, rest)) => {
                 let mut command = Command::new(first);
-                command.args(rest).arg(program);
+                command.args(rest).arg(&program);
                 command
             }
             None => Command::new(program),
@@ -73,29 +168,31 @@ impl Agent {
         command
             .arg("agent")
             .arg("--socket")
-            .arg(directory.path().join("s"))
+            .arg(directory.join("s"))
             .arg("--workspace")
-            .arg(directory.path().join("workspace"));
-        if let Some(cgroup) = &cgroup {
+            .arg(directory.join("workspace"))
+            .arg("--logs")
+            .arg(directory.join("logs"));
+        if let Some(cgroup) = cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
-        let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
-        let agent = Self {
-            child,
-            directory,
-            cgroup,
-        };
+        let log = std::fs::File::create(directory.join("log")).unwrap();
+        command.stdin(Stdio::null()).stderr(log).spawn().unwrap()
+    }
+
+    fn until_it_serves(&self) {
         let begin = Instant::now();
-        while UnixStream::connect(agent.socket()).is_err() {
-            assert!(begin.elapsed() < PATIENCE, "no agent: {}", agent.log());
+        while UnixStream::connect(self.socket()).is_err() {
+            assert!(begin.elapsed() < PATIENCE, "no agent: {}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
-        agent
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("s")
+        match &self.inside {
+            Some(process) => PathBuf::from(format!("/proc/{process}/root/s")),
+            None => self.directory.path().join("s"),
+        }
     }
 
     pub fn workspace(&self) -> PathBuf {
@@ -129,6 +226,55 @@ impl Agent {
         let mut client = self.connect();
         client.send(request);
         client.output()
+    }
+
+    /// Asks once and gives the answer.
+    pub fn ask<Q: Message, A: Message>(&self, request: &Q) -> Result<A, ErrorBody> {
+        let mut client = self.connect();
+        client.send(request);
+        let frame = client.frame().expect("an answer");
+        assert_eq!(client.frame(), None, "something follows the answer");
+        match message::decode(&frame) {
+            Ok(answer) => Ok(answer),
+            Err(message::MessageError::Refused(error)) => Err(error),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    /// Waits for the end of a process.
+    pub fn wait(&self, id: ProcessId) -> ProcessInfo {
+        let timeout_ms = None;
+        self.ask(&WaitProcess { id, timeout_ms }).unwrap()
+    }
+
+    /// What is known of a process now.
+    pub fn look(&self, id: ProcessId) -> Result<ProcessInfo, ErrorBody> {
+        let timeout_ms = Some(0);
+        self.ask(&WaitProcess { id, timeout_ms })
+    }
+
+    /// Starts what nobody follows.
+    pub fn start_log(&self, request: &StartProcess) -> ProcessId {
+        let mut client = self.connect();
+        client.send(&StartProcess {
+            output: OutputMode::Log,
+            ..request.clone()
+        });
+        client.started();
+        assert_eq!(client.frame(), None, "something follows the start");
+        request.id
+    }
+
+    /// Reads the output of a process.
+    pub fn replay(&self, id: ProcessId, from: AttachFrom, value: u64, follow: bool) -> Replay {
+        let mut client = self.connect();
+        client.send(&AttachProcess {
+            id,
+            from,
+            value,
+            follow,
+        });
+        client.replay()
     }
 
     /// A line of /proc/PID/status of the agent, in KiB.
@@ -185,6 +331,17 @@ impl Output {
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.stdout).unwrap()
     }
+}
+
+/// What an attach gave.
+#[derive(Debug)]
+pub struct Replay {
+    pub attached: ProcessAttached,
+    pub merged: Vec<u8>,
+    /// Bytes that were said to be missing.
+    pub missing: u64,
+    /// The end of the process, or the offset to go on from.
+    pub end: Result<ProcessEnded, u64>,
 }
 
 /// One stream to the agent.
@@ -251,6 +408,32 @@ impl Client {
         message::decode(&self.frame().unwrap()).unwrap()
     }
 
+    /// Reads an attach to its last frame.
+    pub fn replay(&mut self) -> Replay {
+        let attached = message::decode(&self.frame().unwrap()).unwrap();
+        let (mut merged, mut missing) = (Vec::new(), 0);
+        let end = loop {
+            let frame = self.frame().expect("a frame before the end");
+            match frame.kind {
+                Kind::STDOUT | Kind::STDERR => merged.extend_from_slice(&frame.body),
+                Kind::OUTPUT_GAP => {
+                    missing += message::decode::<OutputGap>(&frame).unwrap().bytes;
+                }
+                Kind::OUTPUT_REPLAYED => {
+                    break Err(message::decode::<OutputReplayed>(&frame).unwrap().offset);
+                }
+                _ => break Ok(message::decode(&frame).unwrap()),
+            }
+        };
+        assert_eq!(self.frame(), None, "something follows the last frame");
+        Replay {
+            attached,
+            merged,
+            missing,
+            end,
+        }
+    }
+
     /// Reads to the last frame and checks that nothing follows it.
     pub fn output(&mut self) -> Output {
         let mut started = false;
@@ -277,6 +460,17 @@ impl Client {
             merged,
             started,
             ended,
+        }
+    }
+}
+
+/// The agent of this build. An example is beside it in the same directory.
+fn program() -> PathBuf {
+    match option_env!("CARGO_BIN_EXE_guest-init") {
+        Some(program) => program.into(),
+        None => {
+            let own = std::env::current_exe().unwrap();
+            own.parent().unwrap().parent().unwrap().join("guest-init")
         }
     }
 }
@@ -311,6 +505,11 @@ pub fn shell(line: &str) -> StartProcess {
         cwd: Vec::new(),
         env: Vec::new(),
         stdin: StdinMode::Null,
+        output: OutputMode::Follow,
+        user: Vec::new(),
+        deadline_ms: None,
+        memory_bytes: None,
+        terminal: None,
     }
 }
 

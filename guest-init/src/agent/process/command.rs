@@ -1,22 +1,24 @@
 //! Turns a client's wish into something that can be started: every check on arguments, directory
-//! and environment is made here, before a process exists. Touches nothing but the user's
-//! /etc/passwd.
+//! environment, user and limits is made here, before a process exists. Touches nothing but the user's
+//! /etc/passwd and /etc/group.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
-use protocol::id::ProcessId;
-use protocol::process::{CommandMode, StartProcess, StdinMode};
+use protocol::process::{CommandMode, OutputMode, StartProcess, StdinMode, TerminalSize};
 
 use super::spawn::Program;
-use crate::system::files;
+use super::user::{self, User};
 
 /// Where programs are looked for when nobody says otherwise.
 const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Longest list of users that is read.
-const MAX_PASSWD: usize = 1 << 20;
+/// What a program on a terminal of ours can rely on.
+const TERM: &[u8] = b"xterm-256color";
+/// The least memory that a command can be limited to.
+const MIN_MEMORY: u64 = 1 << 20;
 
 /// What is wrong with a request.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +35,12 @@ pub(crate) enum InvalidCommand {
     /// An environment variable without a usable name.
     #[error("environment variable name {0:?} is empty or contains '='")]
     Key(String),
+    /// Nobody of that name.
+    #[error("there is no user {0:?} in the guest's /etc/passwd")]
+    NoSuchUser(String),
+    /// No program runs in so little.
+    #[error("{0} bytes of memory are too few; give at least {MIN_MEMORY}")]
+    TooLittleMemory(u64),
     /// A value that this agent does not know.
     #[error("{field} has the unknown value {value}")]
     Unknown {
@@ -45,8 +53,6 @@ pub(crate) enum InvalidCommand {
 
 /// A command that can be started.
 pub(crate) struct Command {
-    /// The client's name for it.
-    pub(crate) id: ProcessId,
     /// What to execute.
     pub(crate) program: Program,
     /// The program as the client named it, for messages.
@@ -55,6 +61,14 @@ pub(crate) struct Command {
     pub(crate) directory: String,
     /// Whether standard input is a pipe.
     pub(crate) stdin_pipe: bool,
+    /// Whether its stream is a reader that it waits for.
+    pub(crate) follows: bool,
+    /// How long it may run.
+    pub(crate) deadline: Option<Duration>,
+    /// How much memory it may use.
+    pub(crate) memory: Option<u64>,
+    /// The terminal that it is to have.
+    pub(crate) terminal: Option<TerminalSize>,
 }
 
 impl Command {
@@ -74,7 +88,23 @@ impl Command {
                 });
             }
         };
-        let variables = environment(settings, request.env)?;
+        let follows = match request.output {
+            OutputMode::Follow => true,
+            OutputMode::Log => false,
+            other => {
+                return Err(InvalidCommand::Unknown {
+                    field: "output",
+                    value: other.to_wire(),
+                });
+            }
+        };
+        if let Some(bytes) = request.memory_bytes.filter(|bytes| *bytes < MIN_MEMORY) {
+            return Err(InvalidCommand::TooLittleMemory(bytes));
+        }
+        let user = user::find(&request.user).ok_or_else(|| {
+            InvalidCommand::NoSuchUser(String::from_utf8_lossy(&request.user).into_owned())
+        })?;
+        let variables = environment(&user, request.terminal.is_some(), settings, request.env)?;
         let (candidates, arguments, name) = match request.mode {
             CommandMode::Argv => argv(request.command, &variables)?,
             CommandMode::Shell => shell(request.command)?,
@@ -96,16 +126,20 @@ impl Command {
             .map(|(key, value)| text("an environment variable", [key, value].join(&b'=')))
             .collect::<Result<_, _>>()?;
         Ok(Self {
-            id: request.id,
             program: Program {
                 candidates,
                 arguments,
                 environment,
                 directory: text("the working directory", directory.as_os_str().as_bytes())?,
+                identity: Some(user.identity).filter(|identity| identity.uid != 0),
             },
             name,
             directory: shown,
             stdin_pipe,
+            follows,
+            deadline: request.deadline_ms.map(Duration::from_millis),
+            memory: request.memory_bytes,
+            terminal: request.terminal,
         })
     }
 }
@@ -159,17 +193,22 @@ fn shell(command: Vec<Vec<u8>>) -> Result<Parts, InvalidCommand> {
 
 /// Defaults, then the machine's settings, then what the request adds and removes.
 fn environment(
+    user: &User,
+    terminal: bool,
     settings: &[(String, String)],
     request: Vec<(Vec<u8>, Option<Vec<u8>>)>,
 ) -> Result<Variables, InvalidCommand> {
-    let (user, home) =
-        root_user(&files::read(Path::new("/etc/passwd"), MAX_PASSWD).unwrap_or_default());
     let mut variables: Variables = BTreeMap::from([
         (b"PATH".to_vec(), PATH.to_vec()),
-        (b"HOME".to_vec(), home),
-        (b"USER".to_vec(), user),
+        (b"HOME".to_vec(), user.home.clone()),
+        (b"USER".to_vec(), user.name.clone()),
+        (b"LOGNAME".to_vec(), user.name.clone()),
+        (b"SHELL".to_vec(), user.shell.clone()),
         (b"LANG".to_vec(), b"C.UTF-8".to_vec()),
     ]);
+    if terminal {
+        variables.insert(b"TERM".to_vec(), TERM.to_vec());
+    }
     for (key, value) in settings {
         variables.insert(key.clone().into_bytes(), value.clone().into_bytes());
     }
@@ -196,27 +235,10 @@ pub(crate) fn check_key(key: &[u8]) -> Result<(), InvalidCommand> {
     Ok(())
 }
 
-/// Name and home of user 0.
-fn root_user(passwd: &[u8]) -> (Vec<u8>, Vec<u8>) {
-    passwd
-        .split(|byte| *byte == b'\n')
-        .find_map(|line| {
-            let mut fields = line.split(|byte| *byte == b':');
-            let name = fields.next()?;
-            let uid = fields.nth(1)?;
-            let home = fields.nth(2)?;
-            let usable = uid == b"0"
-                && !name.is_empty()
-                && !name.contains(&0)
-                && home.starts_with(b"/")
-                && !home.contains(&0);
-            usable.then(|| (name.to_vec(), home.to_vec()))
-        })
-        .unwrap_or_else(|| (b"root".to_vec(), b"/root".to_vec()))
-}
-
 #[cfg(test)]
 mod tests {
+    use protocol::id::ProcessId;
+
     use super::*;
 
     fn request(command: &[&[u8]]) -> StartProcess {
@@ -227,6 +249,11 @@ mod tests {
             cwd: Vec::new(),
             env: Vec::new(),
             stdin: StdinMode::Null,
+            output: OutputMode::Follow,
+            user: Vec::new(),
+            deadline_ms: None,
+            memory_bytes: None,
+            terminal: None,
         }
     }
 
@@ -319,12 +346,18 @@ mod tests {
     }
 
     #[test]
-    fn home_is_that_of_user_zero() {
-        let passwd = b"daemon:x:1:1::/usr/sbin:/bin/false\nadmin:x:0:0:A:/home/admin:/bin/sh\n";
+    fn limits_and_users_that_cannot_be_are_refused() {
+        let mut memory = request(&[b"a"]);
+        memory.memory_bytes = Some(MIN_MEMORY - 1);
         assert_eq!(
-            root_user(passwd),
-            (b"admin".to_vec(), b"/home/admin".to_vec())
+            parse(memory).err(),
+            Some(InvalidCommand::TooLittleMemory(MIN_MEMORY - 1))
         );
-        assert_eq!(root_user(b"garbage"), (b"root".to_vec(), b"/root".to_vec()));
+        let mut user = request(&[b"a"]);
+        user.user = b"nobody-of-this-name".to_vec();
+        assert!(matches!(
+            parse(user).err(),
+            Some(InvalidCommand::NoSuchUser(_))
+        ));
     }
 }

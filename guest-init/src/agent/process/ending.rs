@@ -1,6 +1,8 @@
 //! What a client is told about a process that is no more, or never was. The texts are part of the
 //! interface: programs show them as they are.
 
+use std::time::Duration;
+
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use protocol::process::{ProcessEnd, ProcessEnded};
@@ -9,8 +11,45 @@ use super::command::Command;
 use super::spawn::{SpawnError, Stage};
 use crate::reaper::Status;
 
+/// What made a process end, beside itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cause {
+    /// Memory ran out in its group.
+    pub(crate) out_of_memory: bool,
+    /// Its time was up; this much it had been given.
+    pub(crate) timed_out: Option<Duration>,
+    /// A client asked for its end.
+    pub(crate) killed: bool,
+}
+
 /// The message for a process that ran.
-pub(crate) fn ended(status: Status, out_of_memory: bool, output_open: bool) -> ProcessEnded {
+pub(crate) fn ended(status: Status, cause: Cause, output_open: bool) -> ProcessEnded {
+    let plain = plain_end(status, cause.out_of_memory, output_open);
+    if plain.end == ProcessEnd::OutOfMemory {
+        return plain;
+    }
+    match cause.timed_out {
+        Some(given) => ProcessEnded {
+            end: ProcessEnd::TimedOut,
+            // One that ended well when it was asked to has not done what it was started for.
+            exit_code: if plain.exit_code == 0 {
+                124
+            } else {
+                plain.exit_code
+            },
+            message: format!("timed out after {} s", given.as_secs_f64()),
+            ..plain
+        },
+        None if cause.killed => ProcessEnded {
+            end: ProcessEnd::Killed,
+            message: "killed".to_owned(),
+            ..plain
+        },
+        None => plain,
+    }
+}
+
+fn plain_end(status: Status, out_of_memory: bool, output_open: bool) -> ProcessEnded {
     // A shell passes on that its last command was killed as an exit code of its own.
     let killed = matches!(status, Status::Signal(9) | Status::Code(137));
     if out_of_memory && killed {
@@ -63,6 +102,11 @@ pub(crate) fn not_started(command: &Command, error: SpawnError) -> ProcessEnded 
                 format!("no such directory: {directory}"),
             )
         }
+        (Stage::Identity, errno) => (
+            ProcessEnd::StartFailed,
+            126,
+            format!("cannot run {name} as that user: {}", errno.desc()),
+        ),
         (Stage::Directory, errno) => (
             ProcessEnd::StartFailed,
             126,
@@ -86,6 +130,39 @@ pub(crate) fn not_started(command: &Command, error: SpawnError) -> ProcessEnded 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn ended(status: Status, out_of_memory: bool, open: bool) -> ProcessEnded {
+        let cause = Cause {
+            out_of_memory,
+            ..Cause::default()
+        };
+        super::ended(status, cause, open)
+    }
+
+    #[test]
+    fn what_ended_it_is_told_and_how_it_took_that_too() {
+        let late = Cause {
+            timed_out: Some(Duration::from_millis(1500)),
+            ..Cause::default()
+        };
+        let end = super::ended(Status::Signal(15), late, false);
+        assert_eq!((end.end, end.exit_code), (ProcessEnd::TimedOut, 143));
+        assert_eq!(end.message, "timed out after 1.5 s");
+        assert_eq!(super::ended(Status::Code(0), late, false).exit_code, 124);
+        let killed = Cause {
+            killed: true,
+            ..Cause::default()
+        };
+        let end = super::ended(Status::Code(3), killed, false);
+        assert_eq!((end.end, end.exit_code), (ProcessEnd::Killed, 3));
+        assert_eq!(end.message, "killed");
+        let seconds = Cause {
+            timed_out: Some(Duration::from_secs(5)),
+            ..Cause::default()
+        };
+        let end = super::ended(Status::Signal(9), seconds, false);
+        assert_eq!(end.message, "timed out after 5 s");
+    }
 
     #[test]
     fn a_kill_by_the_kernel_for_memory_is_told_from_a_plain_kill() {

@@ -1,166 +1,220 @@
-//! Running one command for one client: from its request to its last frame.
+//! Processes for clients: started, read, written to, signalled and ended, by ids of the clients' own
+//! and independent of any connection. The pump of a process runs on the thread that started it;
+//! every other stream looks on, through what [`life`] holds.
 
 mod command;
 mod drain;
 mod ending;
+mod input;
+mod life;
+mod logs;
+mod output;
+mod pump;
+mod reader;
+mod registry;
+mod requests;
+mod segment;
 mod session;
 mod spawn;
+mod start;
+mod terminal;
+mod user;
 
 pub(crate) use command::check_key;
 pub(crate) use drain::Drain;
+#[cfg(test)]
+pub(crate) use output::Source;
+pub(crate) use output::{Piece, as_u64};
+pub(crate) use registry::Registry;
+pub(crate) use spawn::note_ignored_signals;
+pub(crate) use terminal::Terminals;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
-use protocol::id::ProcessId;
+use protocol::message::{Message, decode_body};
 use protocol::process::{ProcessStarted, StartProcess};
-use protocol::{ErrorBody, ErrorCode, Frame};
+use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
-use super::Agent;
+use super::poll::{self, Interest};
 use super::stream::{Stream, StreamError};
-use crate::cgroup::CommandGroup;
-use crate::log;
-use crate::reaper::Child;
+use super::{Agent, lock};
 use command::Command;
-use session::Session;
-use spawn::{SpawnError, Stage, Surroundings};
+use life::Process;
+use output::{Phase, Watcher};
+use reader::Reader;
+use registry::Claim;
+use session::Client;
+use start::NotStarted;
 
-/// Starts what the client asked for and serves the client until the end. `early` are frames that
-/// came right behind the request.
-pub(crate) fn run(
+/// Whether a frame of this kind begins a stream that is served here.
+pub(crate) fn is_request(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::START_PROCESS
+            | Kind::ATTACH_PROCESS
+            | Kind::LIST_PROCESSES
+            | Kind::WAIT_PROCESS
+            | Kind::WRITE_STDIN
+            | Kind::SEND_SIGNAL
+            | Kind::KILL_PROCESS
+            | Kind::REMOVE_PROCESS
+    )
+}
+
+/// Serves one stream to its end. `early` are frames that came right behind the request.
+pub(crate) fn serve(
+    agent: &Arc<Agent>,
+    request: Frame,
+    stream: Stream,
+    early: Vec<Frame>,
+) -> Result<(), StreamError> {
+    match request.kind {
+        Kind::START_PROCESS => with(request, stream, |request, stream| {
+            run(agent, request, stream, early)
+        }),
+        Kind::ATTACH_PROCESS => with(request, stream, |request, stream| {
+            requests::attach(agent, &request, stream, early)
+        }),
+        Kind::WRITE_STDIN => with(request, stream, |request, stream| {
+            requests::write_stdin(agent, &request, stream, early)
+        }),
+        Kind::LIST_PROCESSES => with(request, stream, |request, stream| {
+            requests::list(agent, &request, stream)
+        }),
+        Kind::WAIT_PROCESS => with(request, stream, |request, stream| {
+            requests::wait(agent, &request, stream)
+        }),
+        Kind::SEND_SIGNAL => with(request, stream, |request, stream| {
+            requests::send_signal(agent, &request, stream)
+        }),
+        Kind::KILL_PROCESS => with(request, stream, |request, stream| {
+            requests::kill(agent, &request, stream)
+        }),
+        Kind::REMOVE_PROCESS => with(request, stream, |request, stream| {
+            requests::remove(agent, &request, stream)
+        }),
+        kind => stream.refuse(&super::unsupported(kind)),
+    }
+}
+
+/// Reads the request, and refuses what is none.
+fn with<M: Message>(
+    frame: Frame,
+    stream: Stream,
+    serve: impl FnOnce(M, Stream) -> Result<(), StreamError>,
+) -> Result<(), StreamError> {
+    match decode_body::<M>(&frame.body) {
+        Ok(request) => {
+            drop(frame);
+            serve(request, stream)
+        }
+        Err(error) => stream.refuse(&error.into()),
+    }
+}
+
+/// Starts what the client asked for and stays with it until its end, whether the client does or not.
+fn run(
     agent: &Arc<Agent>,
     request: StartProcess,
     stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
-    let settings = agent.settings();
-    let command = match Command::parse(request, &agent.workspace, &settings) {
+    let invalid = |problem: String| ErrorBody::caller(ErrorCode::InvalidArgument, problem);
+    let process = match agent.registry.claim(&request) {
+        Ok(Claim::New(process)) => process,
+        Ok(Claim::Known(process)) => return join(agent, &process, stream, early),
+        Err(error) => return stream.refuse(&error),
+    };
+    if agent.powering_off.load(Ordering::Acquire) {
+        agent.registry.forget(&process);
+        let error = ErrorBody::caller(ErrorCode::VmStopped, "the VM is powering off");
+        return stream.refuse(&error);
+    }
+    let command = match Command::parse(request, &agent.workspace, &agent.settings()) {
         Ok(command) => command,
         Err(problem) => {
-            let error = ErrorBody::caller(ErrorCode::InvalidArgument, problem.to_string());
+            agent.registry.forget(&process);
+            return stream.refuse(&invalid(problem.to_string()));
+        }
+    };
+    let pump = match start::start(agent, &command, &process) {
+        Ok(pump) => pump,
+        Err(NotStarted::Refused(error)) => {
+            agent.registry.forget(&process);
             return stream.refuse(&error);
         }
-    };
-    let Some(claim) = Claim::new(agent, command.id) else {
-        let message = format!("a process with the id {} exists already", command.id);
-        return stream.refuse(&ErrorBody::caller(ErrorCode::ProcessExists, message));
-    };
-    let started = start(agent, &command, claim);
-    let running = match started {
-        Ok(running) => running,
-        Err(error) => return stream.finish(&ending::not_started(&command, error)),
-    };
-    Session::new(agent, running, stream).serve(early)
-}
-
-/// A process that became its program, and the agent's ends of its pipes.
-pub(crate) struct Running {
-    child: Arc<Child>,
-    group: Option<Arc<CommandGroup>>,
-    stdin: Option<OwnedFd>,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-}
-
-impl Running {
-    fn started(&self) -> ProcessStarted {
-        ProcessStarted {
-            pid: self.child.pid.unsigned_abs(),
+        Err(NotStarted::Failed(error)) => {
+            let ended = ending::not_started(&command, error);
+            process.set_ended(ended.clone());
+            agent.registry.retire(&process);
+            return stream.finish(&ended);
         }
-    }
-}
-
-/// A process id in use; free again when the process has ended.
-struct Claim {
-    agent: Arc<Agent>,
-    id: ProcessId,
-}
-
-impl Claim {
-    fn new(agent: &Arc<Agent>, id: ProcessId) -> Option<Self> {
-        super::lock(&agent.processes).insert(id).then(|| Self {
-            agent: Arc::clone(agent),
-            id,
-        })
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        super::lock(&self.agent.processes).remove(&self.id);
-    }
-}
-
-fn start(agent: &Arc<Agent>, command: &Command, claim: Claim) -> Result<Running, SpawnError> {
-    let group = match &agent.cgroups {
-        Some(groups) => {
-            let group = groups
-                .create(&format!("p-{}", command.id))
-                .map_err(|error| {
-                    log::warn(format_args!("event=cgroup_failed error={error}"));
-                    SpawnError::from(Errno::EAGAIN)
-                })?;
-            Some(Arc::new(group))
-        }
-        None => None,
     };
-    let (stdout, child_stdout) = output_pipe()?;
-    let (stderr, child_stderr) = output_pipe()?;
-    let (stdin, child_stdin) = if command.stdin_pipe {
-        let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
-        do_not_block(&writing)?;
-        (Some(writing), Some(reading))
+    let client = if command.follows {
+        let reader = Reader::following(&process, 0);
+        let mut stream = stream;
+        let queued = stream.queue(&started(&process));
+        let client = Client::new(agent, &process, stream, reader, early, true);
+        queued.is_ok().then_some(client)
     } else {
-        (None, None)
+        tell(stream, &started(&process));
+        None
     };
-    let surroundings = Surroundings {
-        stdio: [
-            child_stdin
-                .as_ref()
-                .map_or(agent.dev_null.as_fd(), AsFd::as_fd),
-            child_stdout.as_fd(),
-            child_stderr.as_fd(),
-        ],
-        cgroup: group.as_ref().map(|group| group.directory()),
-        proc: agent.proc.as_fd(),
-    };
-    let mut verdict = None;
-    let keep = Box::new((claim, group.clone()));
-    let child = agent.reaper.start(keep, || {
-        let (pid, wait) = spawn::spawn(&command.program, &surroundings)?;
-        verdict = Some(wait);
-        Ok::<_, SpawnError>(pid)
-    })?;
-    // From here on only the process and its children hold these.
-    drop((child_stdin, child_stdout, child_stderr));
-    match verdict {
-        Some(verdict) => verdict.wait()?,
-        None => {
-            return Err(SpawnError {
-                stage: Stage::Clone,
-                errno: Errno::EINVAL,
-            });
-        }
+    drop(command);
+    session::own(pump, &process, client);
+    Ok(())
+}
+
+fn started(process: &Process) -> ProcessStarted {
+    ProcessStarted {
+        pid: process.pid.get().copied().unwrap_or(0),
     }
-    Ok(Running {
-        child,
-        group,
-        stdin,
-        stdout,
-        stderr,
-    })
 }
 
-/// The agent's reading end, which does not block, and the process's writing end, which does.
-fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
-    let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
-    do_not_block(&reading)?;
-    Ok((reading, writing))
+/// Sends the only answer of a stream if the connection takes it at once; one that has got no answer
+/// before always does. The process does not wait for its client.
+fn tell<M: Message>(mut stream: Stream, message: &M) {
+    // A client that has gone finds the process by its id.
+    let _ = stream.queue(message).and_then(|()| stream.flush());
 }
 
-fn do_not_block(pipe: &OwnedFd) -> Result<(), Errno> {
-    fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map(drop)
+/// Answers a repeated start as the first one was answered.
+fn join(
+    agent: &Arc<Agent>,
+    process: &Arc<Process>,
+    mut stream: Stream,
+    early: Vec<Frame>,
+) -> Result<(), StreamError> {
+    let watcher = Watcher::new().map_err(StreamError::Gone)?;
+    lock(&process.output).watch(&watcher);
+    loop {
+        let is_starting = {
+            let output = lock(&process.output);
+            watcher.arm();
+            matches!(output.phase, Phase::Starting)
+        };
+        if !is_starting {
+            break;
+        }
+        let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];
+        poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+        watcher.rest();
+    }
+    if process.pid.get().is_none() {
+        return match process.ended() {
+            Some(ended) => stream.finish(&ended),
+            None => stream.refuse(&ErrorBody::caller(
+                ErrorCode::NoSuchProcess,
+                "the first start with this id was refused",
+            )),
+        };
+    }
+    if process.about.output != protocol::process::OutputMode::Follow {
+        return stream.finish(&started(process));
+    }
+    let reader = Reader::following(process, 0);
+    stream.queue(&started(process))?;
+    Client::new(agent, process, stream, reader, early, true).serve()
 }

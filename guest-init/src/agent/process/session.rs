@@ -1,304 +1,178 @@
-//! A client and its running process: output one way, input and signals the other, both with
-//! back-pressure and neither able to hold up the other. The last frame follows the last byte by
-//! construction: both leave through the same queue, and the end is queued only after the pipes were
-//! read. When the client goes, the process stays.
-//!
-//! When the main process has ended, what was in its pipes at that moment is always delivered.
-//! After that the session goes on while somebody still writes: until both pipes are closed, or
-//! nothing came for [`QUIET`], or [`LINGER`] has passed.
+//! A client on the stream of a start or an attach: output one way, input, signals and terminal sizes
+//! the other, both with back-pressure and neither able to hold up the other. The last frame follows
+//! the last byte by construction: it is queued only when the reader has come to the end. When the
+//! client goes, the process stays.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
-use protocol::frame::{self, HEADER_LEN, Kind, MAX_DATA};
 use protocol::message::decode_body;
-use protocol::process::SignalProcess;
-use protocol::{ErrorBody, ErrorCode, Frame};
+use protocol::process::{ResizeTerminal, SignalProcess};
+use protocol::processes::OutputReplayed;
+use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
-use super::{Running, ending};
+use super::input::{MAX_INPUT, Typing};
+use super::life::Process;
+use super::output::Watcher;
+use super::pump::Pump;
+use super::reader::{Progress, Reader};
+use super::terminal;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
-use crate::agent::{Agent, unsupported};
-use crate::reaper::Status;
+use crate::agent::{Agent, contain, lock, unsupported};
 
-/// How long the pipes must be silent after the main process has ended.
-const QUIET: Duration = Duration::from_millis(100);
-/// How long others may go on writing after the main process has ended.
-const LINGER: Duration = Duration::from_secs(2);
-/// Nothing more is read from the client while so much input waits for the process.
-const MAX_INPUT: usize = 256 << 10;
 /// Nothing more is read from the client while so many answers wait for it.
 const MAX_ANSWERS: usize = 256 << 10;
 
-pub(crate) struct Session<'a> {
-    agent: &'a Arc<Agent>,
-    running: Inner,
+/// See the module.
+pub(crate) struct Client {
+    agent: Arc<Agent>,
+    process: Arc<Process>,
     stream: Stream,
-    /// Header and data of one output frame.
-    chunk: Vec<u8>,
-    turn: Turn,
-}
-
-/// Which output comes first when both have something. Usually standard output; but a client that
-/// takes less than one of them gives must hear the other, too.
-#[derive(Default)]
-struct Turn {
-    stderr_first: bool,
-}
-
-impl Turn {
-    fn order(&self) -> [Kind; 2] {
-        if self.stderr_first {
-            [Kind::STDERR, Kind::STDOUT]
-        } else {
-            [Kind::STDOUT, Kind::STDERR]
-        }
-    }
-
-    /// The client had no room for this one, which had something; for none of them, all had room.
-    fn left_out(&mut self, kind: Option<Kind>) {
-        self.stderr_first = kind == Some(Kind::STDERR);
-    }
-}
-
-struct Inner {
-    process: Arc<crate::reaper::Child>,
-    group: Option<Arc<crate::cgroup::CommandGroup>>,
-    started: protocol::process::ProcessStarted,
-    stdin: Input,
-    stdout: Output,
-    stderr: Output,
-    exit: Option<Exit>,
-}
-
-/// Standard input on its way to the process.
-struct Input {
-    pipe: Option<OwnedFd>,
-    waiting: Vec<u8>,
-    written: usize,
-    /// The client will send no more.
+    reader: Reader,
+    typing: Typing,
+    frames: Vec<Frame>,
+    /// The end of the client's half is the end of the input.
+    end_closes_input: bool,
+    /// The client's half has ended.
     ended: bool,
+    /// While nothing is read from the client, its leaving is looked for once.
+    end_seen: bool,
+    /// It was listened to when the interest was made.
+    listening: bool,
 }
 
-/// One of the process's output pipes.
-struct Output {
-    kind: Kind,
-    pipe: Option<OwnedFd>,
-    /// Bytes that were in it when the main process ended and have not been read yet.
-    owed: usize,
-}
-
-/// The main process has ended.
-struct Exit {
-    status: Status,
-    /// Set once everything owed was delivered: when to give up on others' output.
-    limits: Option<Limits>,
-}
-
-struct Limits {
-    quiet: Instant,
-    last: Instant,
-}
-
-impl<'a> Session<'a> {
-    pub(crate) fn new(agent: &'a Arc<Agent>, running: Running, stream: Stream) -> Self {
-        let output = |kind, pipe| Output {
-            kind,
-            pipe: Some(pipe),
-            owed: 0,
-        };
+impl Client {
+    /// `early` are frames that came right behind the request.
+    pub(crate) fn new(
+        agent: &Arc<Agent>,
+        process: &Arc<Process>,
+        stream: Stream,
+        reader: Reader,
+        early: Vec<Frame>,
+        end_closes_input: bool,
+    ) -> Self {
         Self {
-            agent,
+            agent: Arc::clone(agent),
+            process: Arc::clone(process),
             stream,
-            chunk: vec![0; HEADER_LEN.saturating_add(MAX_DATA)],
-            turn: Turn::default(),
-            running: Inner {
-                started: running.started(),
-                process: running.child,
-                group: running.group,
-                stdin: Input {
-                    ended: running.stdin.is_none(),
-                    pipe: running.stdin,
-                    waiting: Vec::new(),
-                    written: 0,
-                },
-                stdout: output(Kind::STDOUT, running.stdout),
-                stderr: output(Kind::STDERR, running.stderr),
-                exit: None,
-            },
+            reader,
+            typing: Typing::default(),
+            frames: early,
+            end_closes_input,
+            ended: false,
+            end_seen: false,
+            listening: true,
         }
     }
 
-    /// Serves the client until the last frame or until one of both has gone.
-    pub(crate) fn serve(mut self, early: Vec<Frame>) -> Result<(), StreamError> {
-        let outcome = self.relay(early);
+    /// Serves the client of an attach to its end.
+    pub(crate) fn serve(mut self) -> Result<(), StreamError> {
+        let watcher = Watcher::new().map_err(StreamError::Gone)?;
+        self.reader.watch(&watcher);
+        loop {
+            if self.work()? == Progress::Done {
+                return self.finish();
+            }
+            let descriptor = self.typing.descriptor(&self.process);
+            let mut interests = [
+                self.interest(),
+                Typing::interest(descriptor.as_ref()),
+                Interest::new(watcher.event().as_fd(), true, false),
+            ];
+            poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+            let [client, _, news] = interests;
+            if news.readable() {
+                watcher.rest();
+            }
+            self.react(client)?;
+        }
+    }
+
+    /// Moves what can be moved now.
+    fn work(&mut self) -> Result<Progress, StreamError> {
+        for frame in std::mem::take(&mut self.frames) {
+            self.take(frame)?;
+        }
+        self.typing.write(&self.process);
+        self.stream.flush()?;
+        self.reader.pull(&mut self.stream)
+    }
+
+    fn interest(&mut self) -> Interest {
+        self.listening =
+            !self.ended && self.typing.waiting() < MAX_INPUT && self.stream.pending() < MAX_ANSWERS;
+        let client = self.stream.interest(self.listening);
+        if self.listening || self.ended || self.end_seen {
+            client
+        } else {
+            client.and_end()
+        }
+    }
+
+    fn react(&mut self, client: Interest) -> Result<(), StreamError> {
+        if client.has_input() && self.listening {
+            match self.stream.read(&mut self.frames) {
+                Ok(_) => {}
+                // The client may have closed its half only and still listen. Of one that has
+                // gone, vsock says nothing else: its process keeps its input.
+                Err(StreamError::Ended) if self.stream.is_heard() => {
+                    self.ended = true;
+                    if self.end_closes_input {
+                        self.typing.end(&self.process);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        } else if client.hung_up() {
+            return Err(StreamError::Gone(Errno::EPIPE));
+        } else if client.ended() {
+            self.end_seen = true;
+            if !self.stream.is_heard() {
+                return Err(StreamError::Gone(Errno::EPIPE));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the last frame.
+    fn finish(self) -> Result<(), StreamError> {
         let Self {
-            agent,
-            running,
+            process,
             stream,
+            reader,
             ..
         } = self;
-        let mut outcome = outcome;
-        if outcome.is_ok()
-            && let Some(exit) = &running.exit
-        {
-            let out_of_memory = running
-                .group
-                .as_ref()
-                .is_some_and(|group| group.out_of_memory());
-            let open = running.stdout.pipe.is_some() || running.stderr.pipe.is_some();
-            outcome = stream.finish(&ending::ended(exit.status, out_of_memory, open));
+        let offset = reader.offset();
+        // Whoever holds the process back does so no longer.
+        drop(reader);
+        let head = lock(&process.output).head();
+        match process.ended() {
+            Some(ended) if offset >= head => stream.finish(&ended),
+            _ => stream.finish(&OutputReplayed { offset }),
         }
-        // Whoever still writes must not notice that nobody listens any more, and whoever still
-        // reads must not take the client's leaving for the end of input.
-        for pipe in [running.stdout.pipe, running.stderr.pipe]
-            .into_iter()
-            .flatten()
-        {
-            agent.drain.adopt(pipe);
-        }
-        if let Some(pipe) = running.stdin.pipe {
-            running.process.park(pipe);
-        }
-        outcome
-    }
-
-    fn relay(&mut self, early: Vec<Frame>) -> Result<(), StreamError> {
-        self.stream.queue(&self.running.started)?;
-        let mut frames = early;
-        let mut client_ended = false;
-        // While nothing is read from the client, its leaving is looked for once.
-        let mut end_seen = false;
-        loop {
-            for frame in frames.drain(..) {
-                self.take(frame)?;
-            }
-            self.running.stdin.write();
-            self.stream.flush()?;
-            if self.is_over(false) {
-                return Ok(());
-            }
-
-            let idle = self.stream.pending() == 0;
-            let listen = !client_ended
-                && self.running.stdin.waiting() < MAX_INPUT
-                && self.stream.pending() < MAX_ANSWERS;
-            let client = self.stream.interest(listen);
-            let mut interests = [
-                if listen || client_ended || end_seen {
-                    client
-                } else {
-                    client.and_end()
-                },
-                self.running.stdout.interest(idle),
-                self.running.stderr.interest(idle),
-                self.running.stdin.interest(),
-                self.running.exit_interest(),
-            ];
-            let deadline = if idle { self.running.deadline() } else { None };
-            poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
-            let [client, stdout, stderr, _, ended] = interests;
-
-            if client.has_input() && listen {
-                match self.stream.read(&mut frames) {
-                    Ok(_) => {}
-                    // The client may have closed its half only and still listen. Of one that has
-                    // gone, vsock says nothing else: its process keeps its input.
-                    Err(StreamError::Ended) if self.stream.is_heard() => {
-                        client_ended = true;
-                        self.running.stdin.end();
-                    }
-                    Err(error) => return Err(error),
-                }
-            } else if client.hung_up() {
-                return Err(StreamError::Gone(Errno::EPIPE));
-            } else if client.ended() {
-                end_seen = true;
-                if !self.stream.is_heard() {
-                    return Err(StreamError::Gone(Errno::EPIPE));
-                }
-            }
-            // Before the pipes: what is owed counts what has not been read yet.
-            if ended.readable() {
-                self.running.note_exit();
-            }
-            let (mut moved, mut left_out) = (false, None);
-            for kind in self.turn.order() {
-                let output = if kind == Kind::STDOUT {
-                    &stdout
-                } else {
-                    &stderr
-                };
-                if output.readable() {
-                    if self.stream.pending() > 0 {
-                        left_out = Some(kind);
-                    } else {
-                        moved |= self.forward(kind)?;
-                    }
-                }
-            }
-            if idle {
-                self.turn.left_out(left_out);
-            }
-            self.running.update_limits(moved);
-            if !stdout.readable() && !stderr.readable() && self.is_over(true) {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Whether nothing more is to be sent but the end. `silent` says that the pipes had nothing.
-    fn is_over(&self, silent: bool) -> bool {
-        let Some(exit) = &self.running.exit else {
-            return false;
-        };
-        if self.stream.pending() > 0 {
-            return false;
-        }
-        if self.running.stdout.pipe.is_none() && self.running.stderr.pipe.is_none() {
-            return true;
-        }
-        let now = Instant::now();
-        exit.limits
-            .as_ref()
-            .is_some_and(|limits| now >= limits.last || (silent && now >= limits.quiet))
-    }
-
-    /// Moves one chunk from a pipe to the client. Says whether there was one.
-    fn forward(&mut self, kind: Kind) -> Result<bool, StreamError> {
-        let output = if kind == Kind::STDOUT {
-            &mut self.running.stdout
-        } else {
-            &mut self.running.stderr
-        };
-        let Some((head, data)) = self.chunk.split_first_chunk_mut::<HEADER_LEN>() else {
-            return Ok(false);
-        };
-        let count = output.read(data);
-        if count == 0 {
-            return Ok(false);
-        }
-        *head = frame::header_for(output.kind, count)?;
-        let whole = self.chunk.get(..HEADER_LEN.saturating_add(count));
-        self.stream.send(whole.unwrap_or_default())?;
-        Ok(true)
     }
 
     /// Does what a client's frame says.
     fn take(&mut self, frame: Frame) -> Result<(), StreamError> {
         match frame.kind {
-            Kind::STDIN => self.running.stdin.add(&frame.body),
-            Kind::STDIN_END => self.running.stdin.end(),
+            Kind::STDIN => self.typing.add(&frame.body),
+            Kind::STDIN_END => self.typing.end(&self.process),
             Kind::SIGNAL_PROCESS => {
                 let SignalProcess { signal } = decode_body(&frame.body)?;
-                if (1..=64).contains(&signal) {
-                    self.running.signal(self.agent, signal);
-                } else {
-                    let message = format!("signal {signal} is not one of 1 to 64");
-                    let error = ErrorBody::caller(ErrorCode::InvalidArgument, message);
-                    self.stream.queue(&error)?;
+                match check_signal(signal) {
+                    // One that has ended needs no signal any more.
+                    Ok(()) => drop(self.process.signal(&self.agent.reaper, signal)),
+                    Err(error) => self.stream.queue(&error)?,
+                }
+            }
+            Kind::RESIZE_TERMINAL => {
+                let ResizeTerminal { size } = decode_body(&frame.body)?;
+                if let Some(master) = self.process.terminal() {
+                    // A terminal that has hung up has no size any more.
+                    let _ = terminal::resize(master.as_fd(), size);
                 }
             }
             kind => self.stream.queue::<ErrorBody>(&unsupported(kind))?,
@@ -307,160 +181,71 @@ impl<'a> Session<'a> {
     }
 }
 
-impl Inner {
-    fn exit_interest(&self) -> Interest {
-        match self.exit {
-            None => Interest::new(self.process.ended(), true, false),
-            Some(_) => Interest::NONE,
-        }
+/// Refuses what is no signal's number.
+pub(crate) fn check_signal(signal: u8) -> Result<(), ErrorBody> {
+    if (1..=64).contains(&signal) {
+        return Ok(());
     }
+    let message = format!("signal {signal} is not one of 1 to 64");
+    Err(ErrorBody::caller(ErrorCode::InvalidArgument, message))
+}
 
-    fn note_exit(&mut self) {
-        if let (None, Some(status)) = (&self.exit, self.process.status()) {
-            self.stdout.count_owed();
-            self.stderr.count_owed();
-            self.exit = Some(Exit {
-                status,
-                limits: None,
-            });
+/// Runs the pump to its end, and serves the client that asked for the start beside it as long as
+/// that stays.
+pub(crate) fn own(mut pump: Pump, process: &Process, mut client: Option<Client>) {
+    while !pump.is_over() {
+        apart(&mut client, |client| client.work().map(drop));
+        let typing = client.as_ref().map(|client| &client.typing);
+        let descriptor = typing.and_then(|typing| typing.descriptor(process));
+        let input = Typing::interest(descriptor.as_ref());
+        let stream = client.as_mut().map_or(Interest::NONE, Client::interest);
+        let [stdout, stderr, exit, wake] = pump.interests();
+        let mut interests = [stream, input, stdout, stderr, exit, wake];
+        let waited = poll::wait(&mut interests, pump.deadline());
+        if waited.is_err() {
+            // Out of memory: the next round may have some.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            continue;
         }
+        let [stream, _, stdout, stderr, exit, wake] = interests;
+        apart(&mut client, |client| client.react(stream));
+        pump.step([stdout, stderr, exit, wake]);
     }
-
-    /// Starts the limits when nothing is owed any more, and the silence anew when something came.
-    fn update_limits(&mut self, moved: bool) {
-        let owed = self.stdout.owed > 0 || self.stderr.owed > 0;
-        let Some(exit) = &mut self.exit else { return };
-        if owed {
-            return;
-        }
-        let now = Instant::now();
-        // A sum that the clock cannot hold ends the waiting at once.
-        let quiet = now.checked_add(QUIET).unwrap_or(now);
-        match &mut exit.limits {
-            None => {
-                exit.limits = Some(Limits {
-                    quiet,
-                    last: now.checked_add(LINGER).unwrap_or(now),
-                });
-            }
-            Some(limits) if moved => limits.quiet = quiet,
-            Some(_) => {}
-        }
+    pump.conclude();
+    if let Some(client) = client {
+        contain(|| client.hear_out());
     }
+    pump.bury();
+}
 
-    fn deadline(&self) -> Option<Instant> {
-        let limits = self.exit.as_ref()?.limits.as_ref()?;
-        Some(limits.quiet.min(limits.last))
-    }
-
-    fn signal(&self, agent: &Agent, signal: u8) {
-        agent.reaper.signal_group(&self.process, signal);
-        // SIGKILL is no request that a child could have been shielded from by a group of its own,
-        // or by the main process's having ended before it.
-        if i32::from(signal) == libc::SIGKILL
-            && let Some(group) = &self.group
-        {
-            group.kill();
-        }
+/// What goes wrong with a client ends that client only.
+fn apart(client: &mut Option<Client>, serve: impl FnOnce(&mut Client) -> Result<(), StreamError>) {
+    let Some(served) = client else { return };
+    let mut lost = true;
+    contain(|| {
+        serve(served)?;
+        lost = false;
+        Ok(())
+    });
+    if lost {
+        *client = None;
     }
 }
 
-impl Input {
-    fn waiting(&self) -> usize {
-        self.waiting.len().saturating_sub(self.written)
-    }
-
-    fn interest(&self) -> Interest {
-        match &self.pipe {
-            Some(pipe) if self.waiting() > 0 => Interest::new(pipe.as_fd(), false, true),
-            _ => Interest::NONE,
-        }
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        if self.pipe.is_some() && !self.ended {
-            self.waiting.extend_from_slice(bytes);
-        }
-    }
-
-    fn end(&mut self) {
-        self.ended = true;
-    }
-
-    /// Gives the process what it takes now. One that has closed its input is left in peace.
-    fn write(&mut self) {
-        let Some(pipe) = &self.pipe else { return };
-        while self.waiting() > 0 {
-            let rest = self.waiting.get(self.written..).unwrap_or_default();
-            match nix::unistd::write(pipe, rest) {
-                Ok(count) => self.written = self.written.saturating_add(count),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return,
-                Err(_) => {
-                    self.ended = true;
-                    break;
-                }
+impl Client {
+    /// Sends what is left of a process that has ended, and its end.
+    fn hear_out(mut self) -> Result<(), StreamError> {
+        loop {
+            if self.reader.pull(&mut self.stream)? == Progress::Done {
+                return self.finish();
             }
+            let mut interests = [self.interest()];
+            poll::wait(&mut interests, None::<Instant>).map_err(StreamError::Gone)?;
+            let [client] = interests;
+            self.react(client)?;
+            // The process takes no input any more; questions get no answer behind its end.
+            self.frames.clear();
+            self.stream.flush()?;
         }
-        self.waiting = Vec::new();
-        self.written = 0;
-        if self.ended {
-            self.pipe = None;
-        }
-    }
-}
-
-impl Output {
-    fn interest(&self, idle: bool) -> Interest {
-        match &self.pipe {
-            // While the client does not take what is there, no more is read.
-            Some(pipe) if idle => Interest::new(pipe.as_fd(), true, false),
-            _ => Interest::NONE,
-        }
-    }
-
-    /// Reads once; zero means nothing now, or the end.
-    fn read(&mut self, data: &mut [u8]) -> usize {
-        let Some(pipe) = &self.pipe else { return 0 };
-        match nix::unistd::read(pipe, data) {
-            Err(Errno::EAGAIN | Errno::EINTR) => 0,
-            Ok(count @ 1..) => {
-                self.owed = self.owed.saturating_sub(count);
-                count
-            }
-            Ok(0) | Err(_) => {
-                self.pipe = None;
-                self.owed = 0;
-                0
-            }
-        }
-    }
-
-    fn count_owed(&mut self) {
-        let Some(pipe) = &self.pipe else { return };
-        let mut count: libc::c_int = 0;
-        // SAFETY: FIONREAD writes one integer to the valid place it is given.
-        let done = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) };
-        if done == 0 {
-            self.owed = usize::try_from(count).unwrap_or(0);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_output_that_was_left_out_comes_first_the_next_time() {
-        let mut turn = Turn::default();
-        assert_eq!(turn.order()[0], Kind::STDOUT);
-        turn.left_out(Some(Kind::STDERR));
-        assert_eq!(turn.order()[0], Kind::STDERR);
-        turn.left_out(Some(Kind::STDOUT));
-        assert_eq!(turn.order()[0], Kind::STDOUT);
-        turn.left_out(Some(Kind::STDERR));
-        turn.left_out(None);
-        assert_eq!(turn.order()[0], Kind::STDOUT);
     }
 }

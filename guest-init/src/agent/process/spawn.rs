@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -20,12 +21,24 @@ pub(crate) struct Program {
     pub(crate) environment: Vec<CString>,
     /// Where it starts.
     pub(crate) directory: CString,
+    /// Whose it is; none means root, as the agent is.
+    pub(crate) identity: Option<Identity>,
+}
+
+/// Who a process is to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
 }
 
 /// What the new process gets from the agent.
 pub(crate) struct Surroundings<'a> {
     /// Standard input, output and error.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// Standard input is a terminal that the process's session is to control.
+    pub(crate) terminal: bool,
     /// The control group's directory, if there is one.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
     /// A directory of /proc that the user cannot take away.
@@ -39,6 +52,8 @@ pub(crate) enum Stage {
     Clone,
     /// Session, descriptors, limits.
     Prepare,
+    /// Becoming the user.
+    Identity,
     /// Entering the working directory.
     Directory,
     /// Becoming the program.
@@ -52,6 +67,7 @@ impl Stage {
             Self::Prepare => 1,
             Self::Directory => 2,
             Self::Execute => 3,
+            Self::Identity => 4,
         }
     }
 
@@ -60,6 +76,7 @@ impl Stage {
             0 => Self::Clone,
             2 => Self::Directory,
             3 => Self::Execute,
+            4 => Self::Identity,
             _ => Self::Prepare,
         }
     }
@@ -111,18 +128,29 @@ impl Verdict {
     }
 }
 
-/// Makes the process. [`Verdict`] tells whether it became the program.
+/// A process that was made: its identifier, a descriptor that tells when it has ended, and whether it
+/// became the program.
+pub(crate) struct Spawned {
+    pub(crate) pid: libc::pid_t,
+    pub(crate) descriptor: OwnedFd,
+    pub(crate) verdict: Verdict,
+}
+
+/// Makes the process.
 pub(crate) fn spawn(
     program: &Program,
     surroundings: &Surroundings<'_>,
-) -> Result<(libc::pid_t, Verdict), SpawnError> {
+) -> Result<Spawned, SpawnError> {
     let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
     let arguments = pointers(&program.arguments);
     let environment = pointers(&program.environment);
 
     // SAFETY: all zeroes is a valid value of this plain structure of numbers.
     let mut clone: libc::clone_args = unsafe { std::mem::zeroed() };
+    let mut descriptor: RawFd = -1;
     clone.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    clone.flags = CLONE_PIDFD | CLONE_CLEAR_SIGHAND;
+    clone.pidfd = (&raw mut descriptor).expose_provenance() as u64;
     if let Some(group) = surroundings.cgroup {
         clone.flags |= CLONE_INTO_CGROUP;
         clone.cgroup = u64::from(group.as_raw_fd().unsigned_abs());
@@ -145,12 +173,41 @@ pub(crate) fn spawn(
             writing.as_raw_fd(),
         ),
         -1 => Err(Errno::last().into()),
-        pid => Ok((
-            libc::pid_t::try_from(pid).unwrap_or(libc::pid_t::MAX),
-            Verdict(reading),
-        )),
+        pid => Ok(Spawned {
+            pid: libc::pid_t::try_from(pid).unwrap_or(libc::pid_t::MAX),
+            // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+            descriptor: unsafe { OwnedFd::from_raw_fd(descriptor) },
+            verdict: Verdict(reading),
+        }),
     }
 }
+
+/// Notes which signals the agent ignores; to be called once, before there are other threads.
+pub(crate) fn note_ignored_signals() {
+    let mut ignored = 0;
+    for signal in 1..=64 {
+        let mut action = [0_u64; 4];
+        // SAFETY: the kernel writes 32 bytes, its `sigaction` with a mask of 8 bytes, whose first
+        // field is the handler.
+        let asked = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                std::ptr::null::<u64>(),
+                action.as_mut_ptr(),
+                8,
+            )
+        };
+        let [handler, ..] = action;
+        if asked == 0 && usize::try_from(handler) == Ok(libc::SIG_IGN) {
+            ignored |= 1_u64.wrapping_shl(signal).wrapping_shr(1);
+        }
+    }
+    IGNORED.store(ignored, Ordering::Relaxed);
+}
+
+/// Signal n is bit n - 1.
+static IGNORED: AtomicU64 = AtomicU64::new(0);
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings
@@ -160,7 +217,9 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
         .collect()
 }
 
-/// From the kernel's `linux/sched.h`; the C library's constant is too narrow for it.
+/// From the kernel's `linux/sched.h`; the C library's constants are too narrow for some.
+const CLONE_PIDFD: u64 = 1 << 12;
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 /// Where the report's descriptor lives in the new process.
 const REPORT: RawFd = 3;
@@ -176,6 +235,11 @@ fn become_program(
     if let Err(errno) = prepare(surroundings, report) {
         // The report may still be where it was made or where it belongs: one of both is the pipe.
         fail(report, Stage::Prepare, errno);
+    }
+    if let Some(identity) = &program.identity
+        && let Err(errno) = become_user(identity)
+    {
+        fail(REPORT, Stage::Identity, errno);
     }
     if let Err(errno) = nix::unistd::chdir(program.directory.as_c_str()) {
         fail(REPORT, Stage::Directory, errno);
@@ -199,6 +263,10 @@ fn prepare(surroundings: &Surroundings<'_>, report: RawFd) -> Result<(), Errno> 
     nix::unistd::dup2_stdin(stdin)?;
     nix::unistd::dup2_stdout(stdout)?;
     nix::unistd::dup2_stderr(stderr)?;
+    if surroundings.terminal {
+        // SAFETY: plain numbers; standard input is the terminal now.
+        Errno::result(unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) })?;
+    }
     if report != REPORT {
         // SAFETY: plain numbers; whatever was number 3 in this process is not needed any more.
         Errno::result(unsafe { libc::dup3(report, REPORT, libc::O_CLOEXEC) })?;
@@ -206,10 +274,14 @@ fn prepare(surroundings: &Surroundings<'_>, report: RawFd) -> Result<(), Errno> 
     // Not only on exec: until then this process would hold other commands' pipes open.
     // SAFETY: plain numbers; nothing above the report's descriptor is used from here on.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 4, libc::c_uint::MAX, 0) })?;
-    // Straight to the kernel: the C library keeps some signals to itself, which the agent's own
-    // parent may have left ignored. SIGKILL and SIGSTOP are refused and need no reset.
+    // Handlers were reset when the process was made; what the agent ignores was not. Straight to the
+    // kernel: the C library keeps some signals to itself, which the agent's own parent may have
+    // left ignored.
     let default_action = [0_u64; 4];
-    for signal in 1..=64 {
+    let mut ignored = IGNORED.load(Ordering::Relaxed);
+    while ignored != 0 {
+        let signal = ignored.trailing_zeros().wrapping_add(1);
+        ignored &= ignored.wrapping_sub(1);
         // SAFETY: the kernel reads 32 bytes, its `sigaction` with the default handler, no flags and
         // an empty mask of 8 bytes.
         unsafe {
@@ -224,6 +296,26 @@ fn prepare(surroundings: &Surroundings<'_>, report: RawFd) -> Result<(), Errno> 
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    Ok(())
+}
+
+/// Straight to the kernel: the C library would look for the agent's other threads, which this
+/// process does not have.
+fn become_user(identity: &Identity) -> Result<(), Errno> {
+    // SAFETY: the list is alive and as long as said.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_setgroups,
+            identity.groups.len(),
+            identity.groups.as_ptr(),
+        )
+    })?;
+    let gid = identity.gid;
+    // SAFETY: plain numbers.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })?;
+    let uid = identity.uid;
+    // SAFETY: plain numbers.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })?;
     Ok(())
 }
 

@@ -1,0 +1,243 @@
+//! The logs of all processes on the disk: one thread writes them, in large pieces and some time
+//! after the output came, so that no process, no reader and no short command waits for the disk.
+//! Keeps the bounds. A disk that takes nothing is tried again with the next output and stops nobody.
+
+use std::collections::VecDeque;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::life::Process;
+use crate::agent::lock;
+use crate::log;
+
+/// The most output that is kept of one process, in bytes.
+pub(crate) const MAX_LOG: u64 = 64 << 20;
+/// The most that all logs may take, in bytes.
+pub(crate) const MAX_LOGS: u64 = 512 << 20;
+/// Output is written at the latest so long after it came.
+const LATER: Duration = Duration::from_secs(1);
+/// Unwritten output that is written at once.
+const MUCH: u64 = 384 << 10;
+/// Pieces of one write.
+const BATCH: usize = 64;
+
+/// See the module.
+pub(crate) struct Logs {
+    directory: Option<PathBuf>,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    /// The sizes of all logs together.
+    total: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    now: VecDeque<Arc<Process>>,
+    later: VecDeque<(Instant, Arc<Process>)>,
+    /// The writer sleeps until somebody wakes it.
+    idle: bool,
+}
+
+impl Logs {
+    /// `total` is the size of the logs that are there already.
+    pub(crate) fn new(directory: Option<PathBuf>, total: u64) -> Self {
+        Self {
+            directory,
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            total: AtomicU64::new(total),
+        }
+    }
+
+    /// Whether the logs take more than they may.
+    pub(crate) fn are_too_large(&self) -> bool {
+        self.total.load(Ordering::Relaxed) > MAX_LOGS
+    }
+
+    /// So many bytes of logs are gone.
+    pub(crate) fn count_removed(&self, bytes: u64) {
+        let less = |total: u64| Some(total.saturating_sub(bytes));
+        // The closure always gives a value.
+        let _ = self
+            .total
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// Removes the oldest part of a log. Says whether there was one.
+    pub(crate) fn drop_oldest(&self, process: &Process) -> bool {
+        let dropped = lock(&process.segments).drop_oldest();
+        let Some((bytes, size)) = dropped else {
+            return false;
+        };
+        self.count_removed(size);
+        let mut output = lock(&process.output);
+        output.dropped = output.dropped.saturating_add(bytes);
+        true
+    }
+
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        self.directory.as_deref()
+    }
+
+    /// Output has come or the process has ended: has it written in time.
+    pub(crate) fn note(&self, process: &Arc<Process>) {
+        if self.directory.is_none() {
+            return;
+        }
+        let much = {
+            let mut output = lock(&process.output);
+            let much = output.unlogged() >= MUCH;
+            let queued = if much {
+                &mut output.queued.now
+            } else {
+                &mut output.queued.later
+            };
+            if std::mem::replace(queued, true) {
+                return;
+            }
+            much
+        };
+        let mut queue = lock(&self.queue);
+        if much {
+            queue.now.push_back(Arc::clone(process));
+        } else {
+            let now = Instant::now();
+            let at = now.checked_add(LATER).unwrap_or(now);
+            queue.later.push_back((at, Arc::clone(process)));
+        }
+        let wake = much || queue.idle;
+        queue.idle = false;
+        drop(queue);
+        if wake {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Writes what is due, for ever. `trim` keeps the bound on all logs after a write.
+    pub(crate) fn run(&self, trim: impl Fn(&Arc<Process>)) {
+        let Some(directory) = &self.directory else {
+            return;
+        };
+        loop {
+            let process = self.next();
+            self.write(directory, &process);
+            trim(&process);
+        }
+    }
+
+    fn next(&self) -> Arc<Process> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(process) = queue.now.pop_front() {
+                lock(&process.output).queued.now = false;
+                return process;
+            }
+            let now = Instant::now();
+            match queue.later.front() {
+                Some((at, _)) if *at <= now => {
+                    if let Some((_, process)) = queue.later.pop_front() {
+                        lock(&process.output).queued.later = false;
+                        return process;
+                    }
+                }
+                Some((at, _)) => {
+                    let left = at.saturating_duration_since(now);
+                    let waited = self.wake.wait_timeout(queue, left);
+                    queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                None => {
+                    queue.idle = true;
+                    queue = self
+                        .wake
+                        .wait(queue)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    /// Writes everything that waits; for the end of the run.
+    pub(crate) fn flush(&self) {
+        let Some(directory) = &self.directory else {
+            return;
+        };
+        loop {
+            let process = {
+                let mut queue = lock(&self.queue);
+                let later = |queue: &mut Queue| queue.later.pop_front().map(|(_, one)| one);
+                queue.now.pop_front().or_else(|| later(&mut queue))
+            };
+            match process {
+                Some(process) => self.write(directory, &process),
+                None => return,
+            }
+        }
+    }
+
+    /// Writes what one process has for its log.
+    fn write(&self, directory: &Path, process: &Arc<Process>) {
+        // Held throughout: a log that is being removed is removed after this.
+        let mut segments = lock(&process.segments);
+        loop {
+            let (start, pieces) = lock(&process.output).for_log(BATCH);
+            if pieces.is_empty() {
+                break;
+            }
+            let about = process.info();
+            let before = segments.size();
+            let mut written = segments.write(directory, &about, start, &pieces);
+            if written
+                .as_ref()
+                .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+            {
+                // The directory is not there yet, or not any more.
+                let _ = DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(directory);
+                written = segments.write(directory, &about, start, &pieces);
+            }
+            let grown = segments.size().saturating_sub(before);
+            self.total.fetch_add(grown, Ordering::Relaxed);
+            let length: u64 = pieces.iter().map(super::output::Piece::len).sum();
+            drop(pieces);
+            let answer = match written {
+                Ok(()) => Some(start.saturating_add(length)),
+                Err(error) => {
+                    log::warn(format_args!(
+                        "event=process_log_failed id={} error=\"{error}\"",
+                        process.id
+                    ));
+                    None
+                }
+            };
+            let mut dropped: u64 = 0;
+            while segments.bytes() > MAX_LOG {
+                let Some((bytes, size)) = segments.drop_oldest() else {
+                    break;
+                };
+                self.count_removed(size);
+                dropped = dropped.saturating_add(bytes);
+            }
+            let mut output = lock(&process.output);
+            output.dropped = output.dropped.saturating_add(dropped);
+            output.log_answered(answer);
+            drop(output);
+            process.wake_pump_if_held();
+            if answer.is_none() {
+                break;
+            }
+        }
+        let ended = lock(&process.output).has_ended();
+        if ended && let Err(error) = segments.finish(&process.info()) {
+            log::warn(format_args!(
+                "event=process_log_failed id={} error=\"{error}\"",
+                process.id
+            ));
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! All processes by their ids: those that run, those that ended lately, and those that an earlier run
+//! of the machine has left a log of. Keeps the bounds: what is dropped is the oldest, and never a
+//! process that runs.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use protocol::id::ProcessId;
+use protocol::process::StartProcess;
+use protocol::processes::{MAX_PAGE, ProcessPage};
+use protocol::{ErrorBody, ErrorCode};
+
+use super::life::{About, Process};
+use super::logs::Logs;
+use super::output::Phase;
+use super::segment::{self, Name};
+use crate::agent::lock;
+use crate::log;
+
+/// Processes that run at once.
+const MAX_RUNNING: usize = 512;
+/// Ended processes that are remembered.
+const MAX_ENDED: usize = 1024;
+/// What ended processes may keep in memory because no disk took it.
+const MAX_UNLOGGED: u64 = 2 << 20;
+
+/// See the module.
+pub(crate) struct Registry {
+    pub(crate) logs: Logs,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    processes: HashMap<ProcessId, Arc<Process>>,
+    /// Logs of an earlier run that nobody has asked about yet.
+    unread: HashMap<ProcessId, Vec<Name>>,
+    order: BTreeMap<u64, ProcessId>,
+    /// In the order of their ends.
+    ended: VecDeque<ProcessId>,
+    last: u64,
+}
+
+/// What an id stands for.
+pub(crate) enum Claim {
+    /// A process that is to be started.
+    New(Arc<Process>),
+    /// One that was started before by the same request.
+    Known(Arc<Process>),
+}
+
+impl Registry {
+    pub(crate) fn new(directory: Option<PathBuf>) -> Self {
+        let state = directory.as_deref().map(read_names).unwrap_or_default();
+        let size = state.unread.values().flatten().map(|name| name.size).sum();
+        Self {
+            logs: Logs::new(directory, size),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Makes a process for a request, or finds the one that it has made before.
+    pub(crate) fn claim(&self, request: &StartProcess) -> Result<Claim, ErrorBody> {
+        let id = request.id;
+        let fingerprint = fingerprint(request);
+        let mut state = lock(&self.state);
+        if let Some(process) = self.get(&mut state, id) {
+            return match process.about.fingerprint {
+                Some(other) if other != fingerprint => {
+                    let message =
+                        format!("the id {id} belongs to a process that was started otherwise");
+                    Err(ErrorBody::caller(ErrorCode::ProcessExists, message))
+                }
+                _ => Ok(Claim::Known(process)),
+            };
+        }
+        let known = state.processes.len();
+        if known.saturating_sub(state.ended.len()) >= MAX_RUNNING {
+            let message = format!("{MAX_RUNNING} processes run; end one and try again");
+            let error = ErrorBody::guest(ErrorCode::TooManyProcesses, message);
+            return Err(error.retryable_after_ms(1000));
+        }
+        let number = state.last.saturating_add(1);
+        let about = About::of(request, fingerprint);
+        let has_log = self.logs.directory().is_some();
+        let process = Arc::new(Process::new(id, number, about, has_log));
+        state.last = number;
+        state.order.insert(number, id);
+        state.processes.insert(id, Arc::clone(&process));
+        Ok(Claim::New(process))
+    }
+
+    /// The process with this id.
+    pub(crate) fn find(&self, id: ProcessId) -> Result<Arc<Process>, ErrorBody> {
+        self.get(&mut lock(&self.state), id).ok_or_else(|| {
+            let message = format!("no process with the id {id} is running or remembered");
+            ErrorBody::caller(ErrorCode::NoSuchProcess, message)
+        })
+    }
+
+    fn get(&self, state: &mut State, id: ProcessId) -> Option<Arc<Process>> {
+        if let Some(process) = state.processes.get(&id) {
+            return Some(Arc::clone(process));
+        }
+        let names = state.unread.remove(&id)?;
+        let number = names.first().map_or(0, |name| name.number);
+        let found = segment::recover(self.logs.directory()?, names)
+            .map(|found| Arc::new(Process::recovered(id, found)));
+        let Some(process) = found else {
+            state.order.remove(&number);
+            state.ended.retain(|one| *one != id);
+            return None;
+        };
+        state.processes.insert(id, Arc::clone(&process));
+        Some(process)
+    }
+
+    pub(crate) fn list(&self, after: u64) -> ProcessPage {
+        let mut state = lock(&self.state);
+        let ids: Vec<ProcessId> = state
+            .order
+            .range(after.saturating_add(1)..)
+            .map(|(_, id)| *id)
+            .take(MAX_PAGE.saturating_add(1))
+            .collect();
+        let more = ids.len() > MAX_PAGE;
+        let processes = ids
+            .into_iter()
+            .take(MAX_PAGE)
+            .filter_map(|id| self.get(&mut state, id))
+            .collect::<Vec<_>>();
+        drop(state);
+        ProcessPage {
+            processes: processes.iter().map(|process| process.info()).collect(),
+            more,
+        }
+    }
+
+    /// The process has ended: from now on it may be forgotten.
+    pub(crate) fn retire(&self, process: &Process) {
+        let mut state = lock(&self.state);
+        state.ended.push_back(process.id);
+        if state.ended.len() > MAX_ENDED
+            && let Some(oldest) = state.ended.pop_front()
+        {
+            let gone = self.take(&mut state, oldest);
+            drop(state);
+            gone.remove_log(&self.logs);
+        }
+    }
+
+    /// Forgets a process whose start was refused.
+    pub(crate) fn forget(&self, process: &Process) {
+        let gone = self.take(&mut lock(&self.state), process.id);
+        gone.remove_log(&self.logs);
+        let mut output = lock(&process.output);
+        output.phase = Phase::Refused;
+        output.notify();
+    }
+
+    /// Forgets an ended process and its log.
+    pub(crate) fn remove(&self, id: ProcessId) -> Result<(), ErrorBody> {
+        let process = self.find(id)?;
+        let mut state = lock(&self.state);
+        if !state.ended.contains(&id) {
+            let message = format!("process {id} still runs; end it first");
+            return Err(ErrorBody::caller(ErrorCode::ProcessRunning, message));
+        }
+        state.ended.retain(|one| *one != id);
+        let gone = self.take(&mut state, id);
+        drop((state, process));
+        gone.remove_log(&self.logs);
+        Ok(())
+    }
+
+    fn take(&self, state: &mut State, id: ProcessId) -> Gone {
+        let process = state.processes.remove(&id);
+        let names = state.unread.remove(&id).unwrap_or_default();
+        let number = match (&process, names.first()) {
+            (Some(process), _) => process.number,
+            (None, Some(name)) => name.number,
+            (None, None) => 0,
+        };
+        state.order.remove(&number);
+        Gone {
+            process,
+            files: names
+                .into_iter()
+                .filter_map(|name| Some((self.logs.directory()?.join(name.text()), name.size)))
+                .collect(),
+        }
+    }
+
+    /// Keeps the bound on all logs after `written` has grown.
+    pub(crate) fn trim(&self, written: &Arc<Process>) {
+        // A process that was forgotten while it was written has no log any more.
+        let is_known = lock(&self.state).processes.contains_key(&written.id);
+        if !is_known {
+            while self.logs.drop_oldest(written) {}
+        }
+        while self.logs.are_too_large() {
+            let oldest = {
+                let mut state = lock(&self.state);
+                let oldest = state.ended.pop_front();
+                oldest.map(|id| self.take(&mut state, id))
+            };
+            match oldest {
+                Some(gone) => gone.remove_log(&self.logs),
+                // Only running ones are left: the one that has just written pays.
+                None if self.logs.drop_oldest(written) => {}
+                None => return,
+            }
+        }
+        if lock(&written.output).has_ended() {
+            self.trim_memory();
+        }
+    }
+
+    /// Lets go of what ended processes keep in memory beyond the bound, oldest first.
+    fn trim_memory(&self) {
+        let state = lock(&self.state);
+        let mut kept = 0_u64;
+        for process in state.ended.iter().rev() {
+            if let Some(process) = state.processes.get(process) {
+                let mut output = lock(&process.output);
+                kept = kept.saturating_add(output.unlogged());
+                if kept > MAX_UNLOGGED {
+                    output.forget();
+                }
+            }
+        }
+    }
+}
+
+/// A process that nobody can find any more.
+struct Gone {
+    process: Option<Arc<Process>>,
+    files: Vec<(PathBuf, u64)>,
+}
+
+impl Gone {
+    /// Outside of the registry's lock: it waits for the disk.
+    fn remove_log(self, logs: &Logs) {
+        if let Some(process) = self.process {
+            while logs.drop_oldest(&process) {}
+        }
+        for (file, size) in self.files {
+            // One that the user has removed is gone all the same.
+            let _ = std::fs::remove_file(file);
+            logs.count_removed(size);
+        }
+    }
+}
+
+/// Equal requests have equal ones, within one run.
+fn fingerprint(request: &StartProcess) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    request.mode.hash(&mut hasher);
+    request.command.hash(&mut hasher);
+    request.cwd.hash(&mut hasher);
+    request.env.hash(&mut hasher);
+    request.stdin.hash(&mut hasher);
+    request.output.hash(&mut hasher);
+    request.user.hash(&mut hasher);
+    request.deadline_ms.hash(&mut hasher);
+    request.memory_bytes.hash(&mut hasher);
+    let size = request.terminal;
+    size.map(|size| (size.columns, size.rows)).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// The logs that an earlier run has left behind, by their names only.
+fn read_names(directory: &Path) -> State {
+    let mut state = State::default();
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Some(mut name) = entry.file_name().to_str().and_then(Name::parse) else {
+            continue;
+        };
+        name.size = entry.metadata().map_or(0, |about| about.len());
+        state.last = state.last.max(name.number);
+        state.unread.entry(name.id).or_default().push(name);
+        state.order.insert(name.number, name.id);
+    }
+    // A number that is too high to go on from is no number of ours.
+    if state.last > u64::MAX / 2 {
+        log::warn(format_args!(
+            "event=process_logs_ignored reason=\"bad names\""
+        ));
+        return State::default();
+    }
+    state.ended = state.order.values().copied().collect();
+    state
+}
