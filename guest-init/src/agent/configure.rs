@@ -55,6 +55,7 @@ pub(crate) fn configure(agent: &Agent, request: Configure) -> Result<Configured,
         "event=configured vm={} generation={} disk_bytes={}",
         request.vm, request.generation, answer.disk_bytes
     ));
+    agent.uploads.load();
     *configuration = Configuration::Done { env: request.env };
     Ok(answer)
 }

@@ -20,6 +20,7 @@
 )]
 
 mod configure;
+mod file;
 mod listen;
 mod poll;
 mod power;
@@ -75,6 +76,7 @@ pub(crate) struct Agent {
     proc: OwnedFd,
     configuration: Mutex<Configuration>,
     processes: Mutex<HashSet<ProcessId>>,
+    uploads: file::Uploads,
     streams: AtomicUsize,
     powering_off: AtomicBool,
 }
@@ -90,6 +92,19 @@ impl Agent {
 
     fn is_configured(&self) -> bool {
         matches!(&*lock(&self.configuration), Configuration::Done { .. })
+    }
+
+    /// Why the machine cannot be worked in now, if so.
+    fn unready(&self) -> Option<ErrorBody> {
+        if !self.is_configured() {
+            let message = "the agent waits for its configuration; try again once the VM is ready";
+            let error = ErrorBody::host(ErrorCode::NotConfigured, message);
+            return Some(error.retryable_after_ms(100));
+        }
+        let message = "the VM is powering off";
+        self.powering_off
+            .load(Ordering::Acquire)
+            .then(|| ErrorBody::caller(ErrorCode::VmStopped, message))
     }
 
     /// Serves a new connection on a thread of its own, or refuses it.
@@ -158,6 +173,12 @@ impl Agent {
                     return match decode_body::<PowerOff>(&frame.body) {
                         Ok(request) => power::answer(self, &request, stream),
                         Err(error) => stream.refuse(&error.into()),
+                    };
+                }
+                kind if file::is_request(kind) => {
+                    return match self.unready() {
+                        Some(error) => stream.refuse(&error),
+                        None => file::serve(self, &frame, stream, frames),
                     };
                 }
                 kind => stream.queue(&unsupported(kind))?,
