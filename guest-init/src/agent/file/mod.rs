@@ -13,6 +13,7 @@ mod owner;
 mod path;
 mod read;
 mod remove;
+mod tree;
 mod upload;
 mod write;
 
@@ -44,6 +45,8 @@ pub(crate) fn is_request(kind: Kind) -> bool {
             | Kind::WRITE_FILE
             | Kind::QUERY_UPLOAD
             | Kind::DROP_UPLOAD
+            | Kind::PACK_TREE
+            | Kind::UNPACK_TREE
     )
 }
 
@@ -79,6 +82,14 @@ pub(crate) fn serve(
         },
         Kind::WRITE_FILE => match decode_body(&frame.body) {
             Ok(request) => write::serve(agent, request, stream, early),
+            Err(error) => stream.refuse_and_drain(&error.into()),
+        },
+        Kind::PACK_TREE => match decode_body(&frame.body) {
+            Ok(request) => tree::pack(agent, request, stream),
+            Err(error) => stream.refuse(&error.into()),
+        },
+        Kind::UNPACK_TREE => match decode_body(&frame.body) {
+            Ok(request) => tree::unpack(agent, request, stream, early),
             Err(error) => stream.refuse_and_drain(&error.into()),
         },
         kind => stream.refuse(&super::unsupported(kind)),
