@@ -1,5 +1,7 @@
 //! Files by single requests: looking, listing, making, renaming, removing.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! The bytes of one file, either way.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs::{self, File};

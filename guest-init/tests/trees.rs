@@ -1,5 +1,7 @@
 //! Directory trees as archives, both ways, with Debian's own tar on the other side.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs::{self, File};

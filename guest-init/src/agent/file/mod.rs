@@ -15,6 +15,7 @@ mod read;
 mod remove;
 mod tree;
 mod upload;
+mod watch;
 mod write;
 
 pub(crate) use upload::Uploads;
@@ -47,6 +48,7 @@ pub(crate) fn is_request(kind: Kind) -> bool {
             | Kind::DROP_UPLOAD
             | Kind::PACK_TREE
             | Kind::UNPACK_TREE
+            | Kind::WATCH_FILES
     )
 }
 
@@ -91,6 +93,10 @@ pub(crate) fn serve(
         Kind::UNPACK_TREE => match decode_body(&frame.body) {
             Ok(request) => tree::unpack(agent, request, stream, early),
             Err(error) => stream.refuse_and_drain(&error.into()),
+        },
+        Kind::WATCH_FILES => match decode_body(&frame.body) {
+            Ok(request) => watch::serve(agent, request, stream),
+            Err(error) => stream.refuse(&error.into()),
         },
         kind => stream.refuse(&super::unsupported(kind)),
     }
