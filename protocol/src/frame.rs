@@ -58,6 +58,18 @@ impl Kind {
     pub const POWER_OFF: Self = Self(0x0182);
     /// [`PoweringOff`](crate::agent::PoweringOff).
     pub const POWERING_OFF: Self = Self(0x0183);
+    /// [`Health`](crate::agent::Health), answered by [`Kind::HEALTH_REPORT`].
+    pub const HEALTH: Self = Self(0x0184);
+    /// [`HealthReport`](crate::agent::HealthReport).
+    pub const HEALTH_REPORT: Self = Self(0x0185);
+    /// [`SetTime`](crate::agent::SetTime), control to agent, answered by [`Kind::TIME_SET`].
+    pub const SET_TIME: Self = Self(0x0186);
+    /// [`TimeSet`](crate::agent::TimeSet).
+    pub const TIME_SET: Self = Self(0x0187);
+    /// [`Dial`](crate::agent::Dial), answered by [`Kind::DIALED`]; after that the stream is raw.
+    pub const DIAL: Self = Self(0x0188);
+    /// [`Dialed`](crate::agent::Dialed).
+    pub const DIALED: Self = Self(0x0189);
 
     /// [`StartProcess`](crate::process::StartProcess).
     pub const START_PROCESS: Self = Self(0x0200);

@@ -20,7 +20,9 @@
 )]
 
 mod configure;
+mod dial;
 mod file;
+mod health;
 mod listen;
 mod poll;
 mod power;
@@ -36,11 +38,11 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use protocol::agent::{Configure, PowerOff};
+use protocol::agent::{Configure, Dial, Health, PowerOff, SetTime};
 use protocol::id::ProcessId;
 use protocol::message::decode_body;
 use protocol::process::StartProcess;
-use protocol::{ErrorBody, ErrorCode, Kind};
+use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
 use crate::cgroup::Cgroups;
 use crate::log;
@@ -105,6 +107,32 @@ impl Agent {
         self.powering_off
             .load(Ordering::Acquire)
             .then(|| ErrorBody::caller(ErrorCode::VmStopped, message))
+    }
+
+    fn keep_house(
+        &self,
+        frame: &Frame,
+        stream: Stream,
+        early: &[Frame],
+    ) -> Result<(), StreamError> {
+        match frame.kind {
+            Kind::HEALTH => match decode_body::<Health>(&frame.body) {
+                Ok(Health {}) => stream.finish(&health::report(self)),
+                Err(error) => stream.refuse(&error.into()),
+            },
+            Kind::SET_TIME => match decode_body::<SetTime>(&frame.body) {
+                Ok(request) => match configure::set_time(self, &request) {
+                    Ok(answer) => stream.finish(&answer),
+                    Err(error) => stream.refuse(&error),
+                },
+                Err(error) => stream.refuse(&error.into()),
+            },
+            Kind::DIAL => match decode_body::<Dial>(&frame.body) {
+                Ok(request) => dial::serve(&request, stream, early),
+                Err(error) => stream.refuse(&error.into()),
+            },
+            kind => stream.refuse(&unsupported(kind)),
+        }
     }
 
     /// Serves a new connection on a thread of its own, or refuses it.
@@ -175,6 +203,12 @@ impl Agent {
                         Err(error) => stream.refuse(&error.into()),
                     };
                 }
+                kind if is_housekeeping(kind) => {
+                    return match self.unready() {
+                        Some(error) => stream.refuse(&error),
+                        None => self.keep_house(&frame, stream, &frames),
+                    };
+                }
                 kind if file::is_request(kind) => {
                     return match self.unready() {
                         Some(error) => stream.refuse(&error),
@@ -185,6 +219,11 @@ impl Agent {
             }
         }
     }
+}
+
+/// Whether a stream that begins with this kind asks for a small service of the machine as a whole.
+fn is_housekeeping(kind: Kind) -> bool {
+    matches!(kind, Kind::HEALTH | Kind::SET_TIME | Kind::DIAL)
 }
 
 /// The answer to a frame that means nothing here.

@@ -136,6 +136,11 @@ impl Stream {
         &mut self.reader
     }
 
+    /// The connection itself, for those who pass its bytes on. Nothing may be waiting in here.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Waits for bytes, past the frames, while what is queued is sent. Zero is the end.
     pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<usize, StreamError> {
         loop {

@@ -96,6 +96,17 @@ impl Entries {
         Ok(next.map(|entry| (entry.name.to_owned(), entry.kind)))
     }
 
+    /// The next name that is a number, as processes have in /proc.
+    pub(crate) fn next_number(&mut self) -> Result<Option<u32>, Errno> {
+        while let Some(entry) = self.next()? {
+            let number = entry.name.to_str().and_then(|name| name.parse().ok());
+            if number.is_some() {
+                return Ok(number);
+            }
+        }
+        Ok(None)
+    }
+
     fn fill(&mut self) -> Result<usize, Errno> {
         // SAFETY: the kernel writes at most as many bytes as the buffer has, which lives across
         // the call.

@@ -18,6 +18,7 @@ mod upload;
 mod watch;
 mod write;
 
+pub(crate) use entries::Entries;
 pub(crate) use upload::Uploads;
 
 use std::path::Path;
