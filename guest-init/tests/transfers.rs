@@ -419,6 +419,33 @@ fn a_broken_upload_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn an_upload_that_goes_on_earlier_drops_what_was_kept_beyond() {
+    let agent = Agent::start();
+    let mut request = write_request("file");
+    request.upload = Some(upload_id(9));
+    let mut client = begin(&agent, &request);
+    data(&mut client, &noise(5000));
+    drop(client);
+    request.offset = 100;
+    request.checksum = true;
+    let mut written = None;
+    eventually("the agent lets it go", || {
+        let mut client = agent.connect();
+        client.send(&request);
+        data(&mut client, b"end");
+        client.send(&WriteEnd { blake3: None });
+        if client.frame().unwrap().kind == Kind::WRITE_STARTED {
+            written = message::decode::<FileWritten>(&client.frame().unwrap()).ok();
+        }
+        written.is_some()
+    });
+    let content = fs::read(agent.workspace().join("file")).unwrap();
+    assert!(content == [&noise(5000)[..100], b"end"].concat());
+    let sum = blake3::hash(&content);
+    assert_eq!(written.unwrap().blake3, Some(*sum.as_bytes()));
+}
+
+#[test]
 fn an_upload_cannot_go_on_beyond_what_is_kept_and_can_be_dropped() {
     let agent = Agent::start();
     let mut request = write_request("file");

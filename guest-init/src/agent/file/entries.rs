@@ -170,6 +170,17 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_never_taken_for_the_directory_it_points_to() {
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", directory.path().join("link")).unwrap();
+        std::fs::create_dir(directory.path().join("real")).unwrap();
+        let parent = Entries::open(directory.path()).unwrap();
+        let open = |name: &str| Entries::open_in(parent.as_fd(), OsStr::new(name));
+        assert_eq!(open("link").err(), Some(Errno::ENOTDIR));
+        assert!(open("real").is_ok());
+    }
+
+    #[test]
     fn bytes_that_are_no_entry_are_no_entry() {
         assert!(parse(&[0; 10]).is_none());
         assert!(parse(&[0; 40]).is_none());

@@ -901,6 +901,8 @@ mod tests {
         let outside: Vec<Vec<u8>> = vec![
             file(b"../out/x", Kind::File, b""),
             file(b"a/../../out/x", Kind::File, b""),
+            file(b"..", Kind::Directory, b""),
+            file(b"a/../..", Kind::Directory, b""),
             file(b"planted/x", Kind::File, b""),
             file(b"planted/d/", Kind::Directory, b""),
             file(b"planted/l", Kind::Symlink, b"x"),
