@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fuzzes every target for a while: fuzz.sh SECONDS, which are shared out evenly. Corpus
-# and finds are kept in the cache, outside the checkout. Uses an installed nightly, else this project's own
-# compiler with RUSTC_BOOTSTRAP. Without cargo-fuzz or a compiler it fails; it never skips.
+# Fuzzes every target for a while: fuzz.sh SECONDS, which are shared out evenly. Corpus and finds are
+# kept in the cache, outside the checkout. Uses an installed nightly, else this project's own compiler
+# with RUSTC_BOOTSTRAP. Without cargo-fuzz or a compiler it fails; it never skips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

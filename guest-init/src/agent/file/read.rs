@@ -22,8 +22,9 @@ use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 
 /// File systems whose files are made when they are read, by the numbers in the kernel's
-/// `linux/magic.h`: the length of such a file is not known before.
-const MADE_BY_KERNEL: [i64; 9] = [
+/// `linux/magic.h`: the length of such a file is not known before. (The C libraries disagree on the
+/// type of these numbers.)
+const MADE_BY_KERNEL: [i128; 9] = [
     0x9fa0,      // proc
     0x6265_6572, // sysfs
     0x6367_7270, // cgroup2
@@ -121,7 +122,7 @@ impl Source {
             FileType::Directory => return Err(failed(Errno::EISDIR)),
             FileType::Regular => {
                 let system = fstatfs(&handle).map_err(failed)?;
-                if MADE_BY_KERNEL.contains(&system.filesystem_type().0) {
+                if MADE_BY_KERNEL.contains(&i128::from(system.filesystem_type().0)) {
                     Content::Made
                 } else {
                     Content::Stored
