@@ -216,6 +216,39 @@ fn a_read_that_nobody_takes_costs_one_buffer_and_holds_up_nobody() {
 }
 
 #[test]
+fn every_stream_there_is_and_none_of_them_read_leaves_memory_bounded() {
+    let agent = Agent::start();
+    File::create(agent.workspace().join("big"))
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
+    // All places but a few.
+    let stuck: Vec<_> = (0..500)
+        .map(|number| {
+            let mut client = agent.connect();
+            if number % 2 == 0 {
+                client.send(&read_request("big"));
+            } else {
+                let mut request = write_request(&format!("half-{number}"));
+                request.upload = Some(upload_id(0));
+                request.upload.as_mut().unwrap().0[..8].copy_from_slice(&[number as u8; 8]);
+                request.upload.as_mut().unwrap().0[8] = (number >> 8) as u8;
+                client.send(&request);
+                client.send_raw(Kind::FILE_DATA, &[1; 65_536]);
+            }
+            client
+        })
+        .collect();
+    assert_eq!(agent.shell("echo on").text(), "on\n");
+    eventually("all of them are stuck", || {
+        fs::read_dir(agent.workspace()).unwrap().count() > 250
+    });
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 80 << 10, "{peak} KiB");
+    drop(stuck);
+}
+
+#[test]
 fn a_written_file_appears_whole_or_not_at_all() {
     let agent = Agent::start();
     let bytes = noise(700_000);

@@ -6,10 +6,13 @@ use std::collections::VecDeque;
 use protocol::Frame;
 use protocol::frame::{FrameError, HEADER_LEN, Header, Kind};
 
+use super::budget::Budget;
 use crate::agent::stream::{Stream, StreamError};
 
 /// Bytes taken from the connection in one go.
 const BUFFER: usize = 256 << 10;
+/// The same for one of many.
+const SMALL: usize = 32 << 10;
 
 /// What comes next.
 pub(crate) enum Piece<'a> {
@@ -29,18 +32,21 @@ pub(crate) struct Inflow {
     end: usize,
     /// Bytes of the data frame that has begun which have not been handed on.
     data_left: usize,
+    _budget: Budget,
 }
 
 impl Inflow {
     /// Begins with the frames that came behind the request.
     pub(crate) fn new(early: Vec<Frame>) -> Self {
+        let budget = Budget::take();
         Self {
             whole: early.into(),
             current: Vec::new(),
-            buffer: vec![0; BUFFER].into_boxed_slice(),
+            buffer: vec![0; budget.choose(BUFFER, SMALL)].into_boxed_slice(),
             start: 0,
             end: 0,
             data_left: 0,
+            _budget: budget,
         }
     }
 

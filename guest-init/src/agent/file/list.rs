@@ -13,16 +13,17 @@ use protocol::ErrorBody;
 use protocol::file::FileType;
 use protocol::file::manage::{DirectoryEntry, DirectoryPage};
 
+use super::budget::Budget;
 use super::entries::{Entries, look};
 use super::error::refused;
 use super::info;
 
-/// Bytes of names that are kept while a directory is read.
-const MAX_NAMES: usize = 256 << 10;
 /// Bytes of one page; the last entry may go over it by a link's target.
-const MAX_PAGE: usize = 512 << 10;
+const MAX_PAGE: usize = 1 << 20;
+/// The same for one of many.
+const SMALL_PAGE: usize = 64 << 10;
 /// What an entry takes at most besides its name and target.
-const ENTRY: usize = 96;
+const ENTRY: usize = 80;
 
 /// The page after `after`.
 pub(crate) fn page(
@@ -37,6 +38,9 @@ pub(crate) fn page(
         0 => usize::MAX,
         some => usize::from(some),
     };
+    // Each page costs a reading of the whole directory, so they are as large as can be.
+    let budget = Budget::take();
+    let max_page = budget.choose(MAX_PAGE, SMALL_PAGE);
     let mut names: BTreeSet<OsString> = BTreeSet::new();
     let mut bytes: usize = 0;
     let mut more = false;
@@ -44,7 +48,7 @@ pub(crate) fn page(
         if entry.name.as_bytes() <= after.as_bytes() {
             continue;
         }
-        let full = names.len() >= limit || bytes >= MAX_NAMES;
+        let full = names.len() >= limit || bytes >= max_page;
         if full
             && names
                 .last()
@@ -56,7 +60,7 @@ pub(crate) fn page(
         if names.insert(entry.name.to_owned()) {
             bytes = bytes.saturating_add(entry.name.len()).saturating_add(ENTRY);
         }
-        if names.len() > limit || bytes > MAX_NAMES {
+        if names.len() > limit || bytes > max_page {
             more = true;
             if let Some(last) = names.pop_last() {
                 bytes = bytes.saturating_sub(last.len().saturating_add(ENTRY));
@@ -72,7 +76,7 @@ pub(crate) fn page(
     }
     let mut size: usize = 0;
     for name in names {
-        if size >= MAX_PAGE {
+        if size >= max_page {
             page.next = page.entries.last().map(|last| last.name.clone());
             break;
         }

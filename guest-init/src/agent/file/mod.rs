@@ -2,6 +2,7 @@
 //! path leads to is the user's: it may be a pipe that never answers, a device, a file without end,
 //! or another thing a moment later. None of them may block the agent or fill its memory.
 
+mod budget;
 mod entries;
 mod error;
 mod inflow;

@@ -4,12 +4,12 @@
 use protocol::frame::{self, HEADER_LEN, Kind, MAX_DATA};
 use protocol::message::Message;
 
+use super::budget::Budget;
 use crate::agent::stream::{Stream, StreamError};
 
 /// Frames of data that leave in one go.
 const FRAMES: usize = 4;
 const FRAME: usize = HEADER_LEN + MAX_DATA;
-const BUFFER: usize = FRAMES * FRAME;
 
 /// Zeros to hash.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -25,18 +25,22 @@ pub(crate) struct Outflow<'a> {
     open: Option<usize>,
     hasher: Option<blake3::Hasher>,
     bytes: u64,
+    _budget: Budget,
 }
 
 impl<'a> Outflow<'a> {
     /// Begins; with `checksum` all content is hashed.
     pub(crate) fn new(stream: &'a mut Stream, checksum: bool) -> Self {
+        let budget = Budget::take();
+        let length = budget.choose(FRAMES, 1).saturating_mul(FRAME);
         Self {
             stream,
-            buffer: vec![0; BUFFER].into_boxed_slice(),
+            buffer: vec![0; length].into_boxed_slice(),
             filled: 0,
             open: None,
             hasher: checksum.then(blake3::Hasher::new),
             bytes: 0,
+            _budget: budget,
         }
     }
 
@@ -60,14 +64,14 @@ impl<'a> Outflow<'a> {
     /// Room for content; never empty. What is put there counts once it is [added](Self::add).
     pub(crate) fn room(&mut self) -> Result<&mut [u8], StreamError> {
         if self.open.is_none() {
-            if self.filled.saturating_add(FRAME) > BUFFER {
+            if self.filled.saturating_add(FRAME) > self.buffer.len() {
                 self.flush()?;
             }
             self.open = Some(self.filled);
             self.filled = self.filled.saturating_add(HEADER_LEN);
         }
         let start = self.open.unwrap_or(0);
-        let end = start.saturating_add(FRAME).min(BUFFER);
+        let end = start.saturating_add(FRAME).min(self.buffer.len());
         Ok(self.buffer.get_mut(self.filled..end).unwrap_or_default())
     }
 
@@ -91,7 +95,7 @@ impl<'a> Outflow<'a> {
     pub(crate) fn message<M: Message>(&mut self, message: &M) -> Result<(), StreamError> {
         self.close()?;
         let bytes = protocol::message::encode(message)?;
-        if self.filled.saturating_add(bytes.len()) > BUFFER {
+        if self.filled.saturating_add(bytes.len()) > self.buffer.len() {
             self.flush()?;
         }
         let end = self.filled.saturating_add(bytes.len());
