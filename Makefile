@@ -10,12 +10,12 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/supvm
 DENY_VERSION := $(shell sed -n 's/^cargo_deny_version=//p' setup.sh)
 DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup build images run test bench advisories clean
+.PHONY: help setup build images run test fuzz bench advisories clean
 
 help: ## Lists the commands.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: ## Installs what this machine still lacks (Debian packages, Rust target, cargo-deny).
+setup: ## Installs what this machine still lacks (Debian packages, Rust target, cargo-deny, cargo-fuzz).
 	@./setup.sh
 
 build: setup ## Builds the programs, static where they go into an image.
@@ -30,6 +30,9 @@ run: images ## Boots the appliance, runs a few commands in a VM, powers off.
 
 test: setup ## Formatting, lints, unit tests, end-to-end scenarios.
 	@.ci/test.sh
+
+fuzz: setup ## Fuzzes every decoder for an hour (FUZZ_SECONDS=3600).
+	@.ci/fuzz.sh $(or $(FUZZ_SECONDS),3600)
 
 bench: images ## Measures; prints the table of docs/performance.md.
 	peer=$$($(TARGET)/release/image-builder peer-qemu) && \

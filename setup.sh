@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes a Debian 12 or 13 machine ready to build and test supvm: Debian packages, the musl target,
-# cargo-deny. Safe to run as often as wanted: a run with nothing to do needs no root, touches no
+# cargo-deny, cargo-fuzz. Safe to run as often as wanted: a run with nothing to do needs no root, touches no
 # network and ends in well under a second. It must never change a machine in other ways than these.
 set -euo pipefail
 
 cargo_deny_version=0.20.2
+cargo_fuzz_version=0.13.2
 musl_target=x86_64-unknown-linux-musl
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/supvm
 
@@ -102,16 +103,21 @@ if [ ! -d "$sysroot/lib/rustlib/$musl_target" ]; then
     (cd "$(dirname "$0")" && rustup target add "$musl_target")
 fi
 
-deny=$cache/cargo-deny-$cargo_deny_version
-if [ ! -x "$deny/bin/cargo-deny" ]; then
-    say "building cargo-deny $cargo_deny_version into $deny (a few minutes, once)"
+# tool NAME VERSION: a cargo subcommand, built once and kept by version.
+tool() {
+    local name=$1 version=$2 home=$cache/$1-$2 staging
+    if [ -x "$home/bin/$name" ]; then return; fi
+    say "building $name $version into $home (a few minutes, once)"
     mkdir -p "$cache"
-    staging=$(mktemp -d "$cache/.cargo-deny.XXXXXX")
-    trap 'rm -rf "$staging"' EXIT
-    cargo install --quiet --locked --version "$cargo_deny_version" --root "$staging" \
-        --target-dir "$staging/target" cargo-deny
+    staging=$(mktemp -d "$cache/.$name.XXXXXX")
+    # shellcheck disable=SC2064 # the directory as it is now
+    trap "rm -rf '$staging'" EXIT
+    cargo install --quiet --locked --version "$version" --root "$staging" \
+        --target-dir "$staging/target" "$name"
     rm -rf "$staging/target"
     chmod 755 "$staging"
     # Another run may have finished first; its result is as good as ours.
-    mv -T "$staging" "$deny" 2>/dev/null || [ -x "$deny/bin/cargo-deny" ]
-fi
+    mv -T "$staging" "$home" 2>/dev/null || [ -x "$home/bin/$name" ]
+}
+tool cargo-deny "$cargo_deny_version"
+tool cargo-fuzz "$cargo_fuzz_version"

@@ -68,7 +68,9 @@ left_over() {
 phase formatting cargo fmt --all --check
 phase lints cargo clippy --workspace --all-targets --quiet -- -D warnings
 phase dependencies deny
+phase field .ci/field.sh
 phase unit-tests unit_tests
+phase fuzzing .ci/fuzz.sh 45
 phase images images
 if [ -e "$target/image/initramfs.cpio" ]; then
     phase scenarios "$target/release/qemu-test" run

@@ -70,6 +70,44 @@ wire_enum! {
         LimitUnavailable = 36,
         /// As many processes run as the agent looks after.
         TooManyProcesses = 37,
+        /// There is no such file or directory.
+        NoSuchFile = 64,
+        /// A part of the path is no directory.
+        NotADirectory = 65,
+        /// It is a directory.
+        IsADirectory = 66,
+        /// The name is taken.
+        FileExists = 67,
+        /// The VM's file system, or a quota on it, is full.
+        NoSpace = 68,
+        /// The VM's file system is mounted read-only.
+        ReadOnly = 69,
+        /// The VM's kernel does not permit it.
+        PermissionDenied = 70,
+        /// The path or a name in it is too long.
+        NameTooLong = 71,
+        /// Too many symbolic links on the way, or too many names of one file.
+        TooManyLinks = 72,
+        /// The file is in use.
+        FileBusy = 73,
+        /// The directory has entries.
+        DirectoryNotEmpty = 74,
+        /// It is no regular file.
+        NotARegularFile = 75,
+        /// The file would be larger than a file may be.
+        FileTooLarge = 76,
+        /// The two names are on different file systems.
+        CrossDevice = 77,
+        /// The VM's kernel refused for another reason; `detail` names it.
+        FileFailed = 78,
+        /// What arrived has another checksum or length than was said.
+        ContentMismatch = 79,
+        /// There is no upload of this name, or it is not as far as was said.
+        NoSuchUpload = 80,
+        /// The archive is damaged, or has an entry that cannot be unpacked here.
+        BadArchive = 81,
+        /// Nobody listens on the port.
+        ConnectionRefused = 82,
     }
 }
 

@@ -58,6 +58,18 @@ impl Kind {
     pub const POWER_OFF: Self = Self(0x0182);
     /// [`PoweringOff`](crate::agent::PoweringOff).
     pub const POWERING_OFF: Self = Self(0x0183);
+    /// [`Health`](crate::agent::Health), answered by [`Kind::HEALTH_REPORT`].
+    pub const HEALTH: Self = Self(0x0184);
+    /// [`HealthReport`](crate::agent::HealthReport).
+    pub const HEALTH_REPORT: Self = Self(0x0185);
+    /// [`SetTime`](crate::agent::SetTime), control to agent, answered by [`Kind::TIME_SET`].
+    pub const SET_TIME: Self = Self(0x0186);
+    /// [`TimeSet`](crate::agent::TimeSet).
+    pub const TIME_SET: Self = Self(0x0187);
+    /// [`Dial`](crate::agent::Dial), answered by [`Kind::DIALED`]; after that the stream is raw.
+    pub const DIAL: Self = Self(0x0188);
+    /// [`Dialed`](crate::agent::Dialed).
+    pub const DIALED: Self = Self(0x0189);
 
     /// [`StartProcess`](crate::process::StartProcess).
     pub const START_PROCESS: Self = Self(0x0200);
@@ -108,6 +120,74 @@ impl Kind {
     pub const REMOVE_PROCESS: Self = Self(0x021b);
     /// [`ProcessRemoved`](crate::processes::ProcessRemoved).
     pub const PROCESS_REMOVED: Self = Self(0x021c);
+
+    /// [`StatFile`](crate::file::manage::StatFile), answered by [`Kind::FILE_INFO`].
+    pub const STAT_FILE: Self = Self(0x0300);
+    /// [`ListDirectory`](crate::file::manage::ListDirectory), answered by [`Kind::DIRECTORY_PAGE`].
+    pub const LIST_DIRECTORY: Self = Self(0x0301);
+    /// [`MakeDirectory`](crate::file::manage::MakeDirectory), answered by [`Kind::FILE_DONE`].
+    pub const MAKE_DIRECTORY: Self = Self(0x0302);
+    /// [`RenameFile`](crate::file::manage::RenameFile), answered by [`Kind::FILE_DONE`].
+    pub const RENAME_FILE: Self = Self(0x0303);
+    /// [`RemoveFile`](crate::file::manage::RemoveFile), answered by [`Kind::FILES_REMOVED`].
+    pub const REMOVE_FILE: Self = Self(0x0304);
+    /// [`MakeSymlink`](crate::file::manage::MakeSymlink), answered by [`Kind::FILE_DONE`].
+    pub const MAKE_SYMLINK: Self = Self(0x0305);
+    /// [`ReadLink`](crate::file::manage::ReadLink), answered by [`Kind::LINK_TARGET`].
+    pub const READ_LINK: Self = Self(0x0306);
+    /// [`ChangeMode`](crate::file::manage::ChangeMode), answered by [`Kind::FILE_DONE`].
+    pub const CHANGE_MODE: Self = Self(0x0307);
+    /// [`ChangeOwner`](crate::file::manage::ChangeOwner), answered by [`Kind::FILE_DONE`].
+    pub const CHANGE_OWNER: Self = Self(0x0308);
+    /// [`ResizeFile`](crate::file::manage::ResizeFile), answered by [`Kind::FILE_DONE`].
+    pub const RESIZE_FILE: Self = Self(0x0309);
+    /// [`FileInfo`](crate::file::FileInfo).
+    pub const FILE_INFO: Self = Self(0x0320);
+    /// [`FileDone`](crate::file::FileDone).
+    pub const FILE_DONE: Self = Self(0x0321);
+    /// [`DirectoryPage`](crate::file::manage::DirectoryPage).
+    pub const DIRECTORY_PAGE: Self = Self(0x0322);
+    /// [`FilesRemoved`](crate::file::manage::FilesRemoved).
+    pub const FILES_REMOVED: Self = Self(0x0323);
+    /// [`LinkTarget`](crate::file::manage::LinkTarget).
+    pub const LINK_TARGET: Self = Self(0x0324);
+    /// [`ReadFile`](crate::file::transfer::ReadFile), answered by [`Kind::READ_STARTED`].
+    pub const READ_FILE: Self = Self(0x0330);
+    /// [`ReadStarted`](crate::file::transfer::ReadStarted).
+    pub const READ_STARTED: Self = Self(0x0331);
+    /// Raw bytes of a file or an archive, either way.
+    pub const FILE_DATA: Self = Self(0x0332);
+    /// [`FileHole`](crate::file::transfer::FileHole), either way.
+    pub const FILE_HOLE: Self = Self(0x0333);
+    /// [`ReadEnded`](crate::file::transfer::ReadEnded), the last frame of the stream.
+    pub const READ_ENDED: Self = Self(0x0334);
+    /// [`WriteFile`](crate::file::transfer::WriteFile), answered by [`Kind::WRITE_STARTED`].
+    pub const WRITE_FILE: Self = Self(0x0338);
+    /// [`WriteStarted`](crate::file::transfer::WriteStarted).
+    pub const WRITE_STARTED: Self = Self(0x0339);
+    /// [`WriteEnd`](crate::file::transfer::WriteEnd), client to agent, answered by
+    /// [`Kind::FILE_WRITTEN`].
+    pub const WRITE_END: Self = Self(0x033a);
+    /// [`FileWritten`](crate::file::transfer::FileWritten), the last frame of the stream.
+    pub const FILE_WRITTEN: Self = Self(0x033b);
+    /// [`QueryUpload`](crate::file::transfer::QueryUpload), answered by [`Kind::UPLOAD_STATE`].
+    pub const QUERY_UPLOAD: Self = Self(0x033c);
+    /// [`UploadState`](crate::file::transfer::UploadState).
+    pub const UPLOAD_STATE: Self = Self(0x033d);
+    /// [`DropUpload`](crate::file::transfer::DropUpload), answered by [`Kind::FILE_DONE`].
+    pub const DROP_UPLOAD: Self = Self(0x033e);
+    /// [`PackTree`](crate::file::tree::PackTree), answered by data and [`Kind::READ_ENDED`].
+    pub const PACK_TREE: Self = Self(0x0340);
+    /// [`UnpackTree`](crate::file::tree::UnpackTree), answered by [`Kind::TREE_UNPACKED`].
+    pub const UNPACK_TREE: Self = Self(0x0341);
+    /// [`TreeUnpacked`](crate::file::tree::TreeUnpacked).
+    pub const TREE_UNPACKED: Self = Self(0x0342);
+    /// [`WatchFiles`](crate::file::watch::WatchFiles), answered by [`Kind::WATCH_STARTED`].
+    pub const WATCH_FILES: Self = Self(0x0348);
+    /// [`WatchStarted`](crate::file::watch::WatchStarted).
+    pub const WATCH_STARTED: Self = Self(0x0349);
+    /// [`FileEvents`](crate::file::watch::FileEvents).
+    pub const FILE_EVENTS: Self = Self(0x034a);
 }
 
 impl fmt::Debug for Kind {

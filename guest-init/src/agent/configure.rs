@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use protocol::agent::{Configure, Configured};
+use protocol::agent::{Configure, Configured, SetTime, TimeSet};
 use protocol::{ErrorBody, ErrorCode};
 
 use super::process::check_key;
@@ -55,8 +55,21 @@ pub(crate) fn configure(agent: &Agent, request: Configure) -> Result<Configured,
         "event=configured vm={} generation={} disk_bytes={}",
         request.vm, request.generation, answer.disk_bytes
     ));
+    agent.uploads.load();
     *configuration = Configuration::Done { env: request.env };
     Ok(answer)
+}
+
+/// Puts the clock right, as after a pause.
+pub(crate) fn set_time(agent: &Agent, request: &SetTime) -> Result<TimeSet, ErrorBody> {
+    if agent.machine == Machine::Borrowed {
+        let message = "the agent runs on a machine that is not its own and leaves its clock alone";
+        return Err(ErrorBody::caller(ErrorCode::InvalidArgument, message));
+    }
+    let step_ns = kernel::step_clock(request.unix_ns)
+        .map_err(|error| ErrorBody::guest(ErrorCode::Internal, error.to_string()))?;
+    log::info(format_args!("event=time_set step_ns={step_ns}"));
+    Ok(TimeSet { step_ns })
 }
 
 /// Refuses what would make a broken machine.

@@ -22,6 +22,7 @@ use nix::sys::socket::{
 use nix::sys::stat::Mode;
 use protocol::agent::AGENT_PORT;
 
+use super::file::Uploads;
 use super::poll::{self, Interest};
 use super::process::{self, Drain, Registry, Terminals};
 use super::{Agent, LOGS, Machine, WORKSPACE};
@@ -29,6 +30,8 @@ use crate::cgroup::{CgroupError, Cgroups};
 use crate::log;
 use crate::reaper::Reaper;
 
+/// Where a machine of its own keeps the list of broken uploads.
+const UPLOADS: &str = "/var/lib/supvm/uploads";
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 /// How long to wait before accepting again when the system is out of descriptors or memory.
@@ -185,6 +188,10 @@ impl Agent {
             configuration: Mutex::default(),
             registry: Registry::new(logs),
             terminals: Terminals::find(),
+            uploads: match machine {
+                Machine::Own => Uploads::kept_in(PathBuf::from(UPLOADS)),
+                Machine::Borrowed => Uploads::default(),
+            },
             streams: AtomicUsize::new(0),
             powering_off: AtomicBool::new(false),
         });

@@ -20,6 +20,9 @@
 )]
 
 mod configure;
+mod dial;
+mod file;
+mod health;
 mod listen;
 mod poll;
 mod power;
@@ -34,9 +37,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use protocol::agent::{Configure, PowerOff};
+use protocol::agent::{Configure, Dial, Health, PowerOff, SetTime};
 use protocol::message::decode_body;
-use protocol::{ErrorBody, ErrorCode, Kind};
+use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
 use crate::cgroup::Cgroups;
 use crate::log;
@@ -75,6 +78,7 @@ pub(crate) struct Agent {
     configuration: Mutex<Configuration>,
     registry: Registry,
     terminals: Terminals,
+    uploads: file::Uploads,
     streams: AtomicUsize,
     powering_off: AtomicBool,
 }
@@ -90,6 +94,45 @@ impl Agent {
 
     fn is_configured(&self) -> bool {
         matches!(&*lock(&self.configuration), Configuration::Done { .. })
+    }
+
+    /// Why the machine cannot be worked in now, if so.
+    fn unready(&self) -> Option<ErrorBody> {
+        if !self.is_configured() {
+            let message = "the agent waits for its configuration; try again once the VM is ready";
+            let error = ErrorBody::host(ErrorCode::NotConfigured, message);
+            return Some(error.retryable_after_ms(100));
+        }
+        let message = "the VM is powering off";
+        self.powering_off
+            .load(Ordering::Acquire)
+            .then(|| ErrorBody::caller(ErrorCode::VmStopped, message))
+    }
+
+    fn keep_house(
+        &self,
+        frame: &Frame,
+        stream: Stream,
+        early: &[Frame],
+    ) -> Result<(), StreamError> {
+        match frame.kind {
+            Kind::HEALTH => match decode_body::<Health>(&frame.body) {
+                Ok(Health {}) => stream.finish(&health::report(self)),
+                Err(error) => stream.refuse(&error.into()),
+            },
+            Kind::SET_TIME => match decode_body::<SetTime>(&frame.body) {
+                Ok(request) => match configure::set_time(self, &request) {
+                    Ok(answer) => stream.finish(&answer),
+                    Err(error) => stream.refuse(&error),
+                },
+                Err(error) => stream.refuse(&error.into()),
+            },
+            Kind::DIAL => match decode_body::<Dial>(&frame.body) {
+                Ok(request) => dial::serve(&request, stream, early),
+                Err(error) => stream.refuse(&error.into()),
+            },
+            kind => stream.refuse(&unsupported(kind)),
+        }
     }
 
     /// Serves a new connection on a thread of its own, or refuses it.
@@ -152,10 +195,27 @@ impl Agent {
                         Err(error) => stream.refuse(&error.into()),
                     };
                 }
+                kind if is_housekeeping(kind) => {
+                    return match self.unready() {
+                        Some(error) => stream.refuse(&error),
+                        None => self.keep_house(&frame, stream, &frames),
+                    };
+                }
+                kind if file::is_request(kind) => {
+                    return match self.unready() {
+                        Some(error) => stream.refuse(&error),
+                        None => file::serve(self, &frame, stream, frames),
+                    };
+                }
                 kind => stream.queue(&unsupported(kind))?,
             }
         }
     }
+}
+
+/// Whether a stream that begins with this kind asks for a small service of the machine as a whole.
+fn is_housekeeping(kind: Kind) -> bool {
+    matches!(kind, Kind::HEALTH | Kind::SET_TIME | Kind::DIAL)
 }
 
 /// The answer to a frame that means nothing here.

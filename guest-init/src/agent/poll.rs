@@ -59,6 +59,11 @@ impl Interest {
         self.0.revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0
     }
 
+    /// Writing would take bytes, or fail.
+    pub(crate) fn writable(&self) -> bool {
+        self.0.revents & libc::POLLOUT != 0
+    }
+
     /// There are bytes or an end to be read.
     pub(crate) fn has_input(&self) -> bool {
         self.0.revents & libc::POLLIN != 0

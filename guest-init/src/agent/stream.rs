@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags, Shutdown};
@@ -17,6 +18,8 @@ use crate::log;
 
 /// Bytes taken from the connection in one go.
 const READ: usize = 16 << 10;
+/// How long a peer that was refused may go on sending.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Why a stream is over.
 #[derive(Debug, thiserror::Error)]
@@ -174,6 +177,72 @@ impl Stream {
         Ok(())
     }
 
+    /// What takes frames out of the bytes, for those who take the bytes themselves.
+    pub(crate) fn reader(&mut self) -> &mut FrameReader {
+        &mut self.reader
+    }
+
+    /// The connection itself, for those who pass its bytes on. Nothing may be waiting in here.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Waits for bytes, past the frames, while what is queued is sent. Zero is the end.
+    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<usize, StreamError> {
+        loop {
+            self.flush()?;
+            match socket::recv(self.socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+                Ok(count) => return Ok(count),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    let mut interests = [self.interest(true)];
+                    poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+                }
+                Err(errno) => return Err(StreamError::Gone(errno)),
+            }
+        }
+    }
+
+    /// An error when the peer takes nothing more.
+    pub(crate) fn check_heard(&self) -> Result<(), StreamError> {
+        if self.is_heard() {
+            Ok(())
+        } else {
+            Err(StreamError::Gone(Errno::EPIPE))
+        }
+    }
+
+    /// Sends everything that is queued, then these bytes, and waits for room as long as it takes.
+    pub(crate) fn send_all(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        let mut rest = bytes;
+        // While there is no room, the peer's leaving is looked for once.
+        let mut end_seen = false;
+        loop {
+            self.flush()?;
+            if self.pending() == 0 {
+                let sent = write_some(self.socket.as_fd(), rest)?;
+                rest = rest.get(sent..).unwrap_or_default();
+                if rest.is_empty() {
+                    return Ok(());
+                }
+                if sent > 0 {
+                    continue;
+                }
+            }
+            let room = Interest::new(self.socket.as_fd(), false, true);
+            let mut interests = [if end_seen { room } else { room.and_end() }];
+            poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+            let [peer] = interests;
+            if peer.hung_up() {
+                return Err(StreamError::Gone(Errno::EPIPE));
+            }
+            if peer.ended() {
+                end_seen = true;
+                self.check_heard()?;
+            }
+        }
+    }
+
     /// Waits for the next frame.
     pub(crate) fn next(&mut self, frames: &mut Vec<Frame>) -> Result<Frame, StreamError> {
         loop {
@@ -209,6 +278,37 @@ impl Stream {
         // The descriptor is closed right after; a peer that has gone meanwhile does not matter.
         let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Write);
         Ok(())
+    }
+
+    /// Refuses a peer that may still be sending. What it sends is thrown away for a while, so that
+    /// it comes to read the refusal instead of a broken connection.
+    pub(crate) fn refuse_and_drain(mut self, error: &ErrorBody) -> Result<(), StreamError> {
+        self.queue(error)?;
+        let now = Instant::now();
+        let deadline = now.checked_add(DRAIN).unwrap_or(now);
+        let mut waste = vec![0; 64 << 10];
+        let mut said = false;
+        while Instant::now() < deadline {
+            self.flush()?;
+            if self.pending() == 0 && !said {
+                said = true;
+                // A peer that has gone meanwhile does not matter.
+                let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+            }
+            let mut interests = [self.interest(true)];
+            poll::wait(&mut interests, Some(deadline)).map_err(StreamError::Gone)?;
+            match socket::recv(self.socket.as_raw_fd(), &mut waste, MsgFlags::empty()) {
+                Ok(0) => break,
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(errno) => return Err(StreamError::Gone(errno)),
+            }
+        }
+        if said {
+            Ok(())
+        } else {
+            // A peer that sends no more may still read.
+            self.flush()
+        }
     }
 
     /// Refuses what the stream was opened for.

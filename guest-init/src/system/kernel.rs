@@ -44,6 +44,16 @@ pub(crate) fn set_clock(unix_ns: u64) -> Result<(), KernelError> {
     clock_settime(ClockId::CLOCK_REALTIME, time).map_err(refused("set the clock"))
 }
 
+/// Sets the clock to nanoseconds since 1970 and gives by how many it was put forward.
+pub(crate) fn step_clock(unix_ns: u64) -> Result<i64, KernelError> {
+    let before = nix::time::clock_gettime(ClockId::CLOCK_REALTIME)
+        .map(Duration::from)
+        .map_err(refused("read the clock"))?;
+    set_clock(unix_ns)?;
+    let step = i128::from(unix_ns).saturating_sub_unsigned(before.as_nanos());
+    Ok(i64::try_from(step).unwrap_or(if step > 0 { i64::MAX } else { i64::MIN }))
+}
+
 /// The identifier of this run of the kernel.
 pub(crate) fn boot_id() -> Result<String, KernelError> {
     let bytes = files::read(Path::new("/proc/sys/kernel/random/boot_id"), 100)?;

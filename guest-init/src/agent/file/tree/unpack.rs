@@ -1,0 +1,987 @@
+//! From an archive to a tree. Takes the archive's bytes in pieces of any size. Every name is looked
+//! up below the open directory of the tree by the kernel's own rule that nothing may lead out of
+//! it, so that `..`, absolute names and links in the archive or on the disk cannot.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::sys::stat::{
+    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, makedev, mkdirat, mknodat, utimensat,
+};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
+use protocol::file::transfer::WriteEnd;
+use protocol::file::tree::{TreeUnpacked, UnpackTree};
+use protocol::message::decode_body;
+use protocol::{ErrorBody, ErrorCode, Frame};
+
+use super::header::{self, Header, More};
+use super::pax::{Records, Sparse, decimal};
+use super::{BLOCK, Entry, Kind, MAX_DEPTH, MAX_STRETCHES, padding};
+use crate::agent::Agent;
+use crate::agent::file::error::{failed, refused};
+use crate::agent::file::inflow::{Inflow, Piece};
+use crate::agent::file::manage::make_directories;
+use crate::agent::file::path;
+use crate::agent::stream::{Stream, StreamError};
+
+/// Longest name of an entry.
+const MAX_NAME: usize = 4096;
+/// Bytes of records before one entry.
+const MAX_MORE: u64 = 256 << 10;
+/// Bytes of the map of a file with holes.
+const MAX_MAP: usize = MAX_STRETCHES * 42;
+
+enum Failure {
+    Stream(StreamError),
+    Refused(Box<ErrorBody>),
+}
+
+impl From<StreamError> for Failure {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+impl From<ErrorBody> for Failure {
+    fn from(error: ErrorBody) -> Self {
+        Self::Refused(Box::new(error))
+    }
+}
+
+/// Serves an unpacking to its last frame.
+pub(crate) fn serve(
+    agent: &Agent,
+    request: UnpackTree,
+    mut stream: Stream,
+    early: Vec<Frame>,
+) -> Result<(), StreamError> {
+    match take(agent, request, &mut stream, early) {
+        Ok(done) => stream.finish(&done),
+        Err(Failure::Stream(error)) => Err(error),
+        Err(Failure::Refused(error)) => stream.refuse_and_drain(&error),
+    }
+}
+
+fn take(
+    agent: &Agent,
+    request: UnpackTree,
+    stream: &mut Stream,
+    early: Vec<Frame>,
+) -> Result<TreeUnpacked, Failure> {
+    let path = path::parse(request.path, &agent.workspace)?;
+    make_directories(&path, Mode::from_bits_truncate(0o755))?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root =
+        open(&path, flags, Mode::empty()).map_err(|errno| refused("unpack into", &path, errno))?;
+    let tree = Tree {
+        root,
+        path,
+        owners: request.owners,
+        special: request.special,
+        directories: Vec::new(),
+    };
+    let mut unpack = Unpack::new(tree);
+    let mut inflow = Inflow::new(early);
+    loop {
+        match inflow.next(stream)? {
+            Piece::Data(data) => unpack.push(data)?,
+            Piece::Frame(frame) if frame.kind == protocol::Kind::WRITE_END => {
+                decode_body::<WriteEnd>(&frame.body).map_err(ErrorBody::from)?;
+                return Ok(unpack.finish()?);
+            }
+            Piece::Frame(frame) => return Err(crate::agent::unsupported(frame.kind).into()),
+        }
+    }
+}
+
+fn bad(message: impl Into<String>) -> ErrorBody {
+    ErrorBody::caller(ErrorCode::BadArchive, message)
+}
+
+/// What the next bytes of the archive are.
+enum State {
+    /// A header, collected in the block.
+    Header,
+    /// More about the next entry.
+    More {
+        what: More,
+        left: u64,
+        bytes: Vec<u8>,
+        padding: usize,
+    },
+    /// The map of a file with holes, which ends with a block.
+    Map {
+        left: u64,
+        text: Vec<u8>,
+        sink: Sink,
+    },
+    /// Content.
+    Content {
+        left: u64,
+        sink: Sink,
+        padding: usize,
+    },
+    /// Bytes that mean nothing.
+    Skip { left: u64 },
+    /// The archive has ended; what follows is filling.
+    End,
+}
+
+/// Reads an archive.
+struct Unpack {
+    tree: Tree,
+    state: State,
+    block: [u8; BLOCK],
+    filled: usize,
+    /// Said for all entries.
+    global: Records,
+    /// Said for the next one.
+    next: Option<Records>,
+    entries: u64,
+    bytes: u64,
+}
+
+impl Unpack {
+    fn new(tree: Tree) -> Self {
+        Self {
+            tree,
+            state: State::Header,
+            block: [0; BLOCK],
+            filled: 0,
+            global: Records::default(),
+            next: None,
+            entries: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Takes the next bytes of the archive.
+    fn push(&mut self, mut data: &[u8]) -> Result<(), ErrorBody> {
+        while !data.is_empty() {
+            data = match std::mem::replace(&mut self.state, State::Header) {
+                State::End => {
+                    self.state = State::End;
+                    return Ok(());
+                }
+                State::Header => self.collect_header(data)?,
+                State::Skip { left } => {
+                    let (now, later) = cut(data, left);
+                    let left = left.saturating_sub(now.len() as u64);
+                    if left > 0 {
+                        self.state = State::Skip { left };
+                    }
+                    later
+                }
+                State::More {
+                    what,
+                    left,
+                    mut bytes,
+                    padding,
+                } => {
+                    let (now, later) = cut(data, left);
+                    bytes.extend_from_slice(now);
+                    let left = left.saturating_sub(now.len() as u64);
+                    if left > 0 {
+                        self.state = State::More {
+                            what,
+                            left,
+                            bytes,
+                            padding,
+                        };
+                    } else {
+                        self.say_more(what, &bytes)?;
+                        self.skip(padding);
+                    }
+                    later
+                }
+                State::Map { left, text, sink } => self.collect_map(data, left, text, sink)?,
+                State::Content {
+                    left,
+                    mut sink,
+                    padding,
+                } => {
+                    let (now, later) = cut(data, left);
+                    sink.write(now)?;
+                    self.bytes = self.bytes.saturating_add(now.len() as u64);
+                    self.content(left.saturating_sub(now.len() as u64), sink, padding)?;
+                    later
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// The archive's bytes have ended.
+    fn finish(mut self) -> Result<TreeUnpacked, ErrorBody> {
+        if !matches!(self.state, State::End) {
+            return Err(bad("the archive ends too early: its last block is missing"));
+        }
+        self.tree.leave(b"")?;
+        Ok(TreeUnpacked {
+            entries: self.entries,
+            bytes: self.bytes,
+        })
+    }
+
+    fn skip(&mut self, count: usize) {
+        if count > 0 {
+            self.state = State::Skip { left: count as u64 };
+        }
+    }
+
+    fn collect_header<'a>(&mut self, data: &'a [u8]) -> Result<&'a [u8], ErrorBody> {
+        let wanted = BLOCK.saturating_sub(self.filled);
+        let (now, later) = data.split_at(wanted.min(data.len()));
+        let place = self.block.get_mut(self.filled..).unwrap_or_default();
+        for (to, from) in place.iter_mut().zip(now) {
+            *to = *from;
+        }
+        self.filled = self.filled.saturating_add(now.len());
+        if self.filled < BLOCK {
+            return Ok(later);
+        }
+        self.filled = 0;
+        match header::parse(&self.block).map_err(|error| bad(error.to_string()))? {
+            Header::End if self.next.is_some() => {
+                return Err(bad("the archive ends before an entry that it spoke of"));
+            }
+            Header::End => self.state = State::End,
+            Header::Skip(size) => {
+                let left = size.saturating_add(padding(size) as u64);
+                if left > 0 {
+                    self.state = State::Skip { left };
+                }
+            }
+            Header::More(_, size) if size > MAX_MORE => {
+                return Err(bad(format!(
+                    "{size} bytes of records before an entry; at most {MAX_MORE} are read"
+                )));
+            }
+            Header::More(what, 0) => self.say_more(what, b"")?,
+            Header::More(what, size) => {
+                self.state = State::More {
+                    what,
+                    left: size,
+                    bytes: Vec::new(),
+                    padding: padding(size),
+                }
+            }
+            Header::Entry(entry) => self.begin(entry)?,
+        }
+        Ok(later)
+    }
+
+    fn say_more(&mut self, what: More, bytes: &[u8]) -> Result<(), ErrorBody> {
+        let next = self.next.get_or_insert_with(|| self.global.clone());
+        let text = || {
+            let end = bytes.iter().position(|byte| *byte == 0);
+            Some(
+                bytes
+                    .get(..end.unwrap_or(bytes.len()))
+                    .unwrap_or_default()
+                    .to_vec(),
+            )
+        };
+        let done = match what {
+            More::Pax => next.read(bytes),
+            More::PaxGlobal => {
+                self.next = None;
+                self.global.read(bytes)
+            }
+            More::Name => {
+                next.path = text();
+                Ok(())
+            }
+            More::Link => {
+                next.link = text();
+                Ok(())
+            }
+        };
+        done.map_err(|error| bad(error.to_string()))
+    }
+
+    fn begin(&mut self, mut entry: Entry) -> Result<(), ErrorBody> {
+        let records = self.next.take().unwrap_or_else(|| self.global.clone());
+        let (sparse, real_size) = (records.sparse, records.real_size);
+        records.apply(&mut entry);
+        self.entries = self.entries.saturating_add(1);
+        if entry.kind != Kind::File {
+            // Some write a length for what has no content.
+            entry.size = 0;
+        }
+        if entry.size > i64::MAX.unsigned_abs() {
+            return Err(bad(format!("an entry has {} bytes", entry.size)));
+        }
+        let size = entry.size;
+        let Some(file) = self.tree.make(&entry)? else {
+            return Ok(());
+        };
+        let sink = Sink {
+            path: self.tree.shown(&entry.name),
+            file,
+            holes: None,
+            at: 0,
+            entry,
+        };
+        match (sparse, real_size) {
+            (Sparse::No, _) => self.content(size, sink, padding(size)),
+            (Sparse::Map, Some(real)) if i64::try_from(real).is_ok() => {
+                let mut sink = sink;
+                sink.holes = Some(Holes {
+                    real,
+                    stretches: VecDeque::new(),
+                });
+                self.state = State::Map {
+                    left: size,
+                    text: Vec::new(),
+                    sink,
+                };
+                Ok(())
+            }
+            _ => Err(bad(format!(
+                "{} has holes in a format that is not read here; pack it with --sparse-version=1.0",
+                sink.path.display()
+            ))),
+        }
+    }
+
+    /// Goes on with content of which so much is left.
+    fn content(&mut self, left: u64, sink: Sink, padding: usize) -> Result<(), ErrorBody> {
+        if left > 0 {
+            self.state = State::Content {
+                left,
+                sink,
+                padding,
+            };
+            return Ok(());
+        }
+        self.skip(padding);
+        sink.finish(&self.tree)
+    }
+
+    /// The map is whole blocks of numbers, one a line: how many stretches, then where each begins
+    /// and how long it is.
+    fn collect_map<'a>(
+        &mut self,
+        data: &'a [u8],
+        left: u64,
+        mut text: Vec<u8>,
+        mut sink: Sink,
+    ) -> Result<&'a [u8], ErrorBody> {
+        let damaged = || bad("the map of a file with holes is damaged");
+        let block = BLOCK.saturating_sub(text.len() % BLOCK);
+        let (now, later) = data.split_at(block.min(data.len()));
+        let rest = left.checked_sub(now.len() as u64).ok_or_else(damaged)?;
+        text.extend_from_slice(now);
+        if text.len() > MAX_MAP {
+            return Err(damaged());
+        }
+        let whole = text.len().is_multiple_of(BLOCK);
+        let map = if whole {
+            map(&text).map_err(|()| damaged())?
+        } else {
+            None
+        };
+        let Some(stretches) = map else {
+            if rest == 0 {
+                return Err(damaged());
+            }
+            self.state = State::Map {
+                left: rest,
+                text,
+                sink,
+            };
+            return Ok(later);
+        };
+        let total = stretches.iter().try_fold(0_u64, |sum, (offset, length)| {
+            let end = offset.checked_add(*length)?;
+            let fits = sink.holes.as_ref().is_some_and(|holes| end <= holes.real);
+            if fits { sum.checked_add(*length) } else { None }
+        });
+        if total != Some(rest) {
+            return Err(damaged());
+        }
+        if let Some(holes) = &mut sink.holes {
+            holes.stretches = stretches;
+        }
+        self.content(rest, sink, padding(rest))?;
+        Ok(later)
+    }
+}
+
+/// Splits up to `wanted` bytes off the front.
+fn cut(data: &[u8], wanted: u64) -> (&[u8], &[u8]) {
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    data.split_at(wanted.min(data.len()))
+}
+
+type Stretches = VecDeque<(u64, u64)>;
+
+/// The stretches, if all of them are there.
+fn map(text: &[u8]) -> Result<Option<Stretches>, ()> {
+    let mut lines = text.split_inclusive(|byte| *byte == b'\n');
+    let mut next = || match lines.next() {
+        Some([digits @ .., b'\n']) => decimal(digits).map(Some).ok_or(()),
+        _ => Ok(None),
+    };
+    let Some(count) = next()? else {
+        return Ok(None);
+    };
+    if count > MAX_STRETCHES as u64 {
+        return Err(());
+    }
+    let mut stretches = VecDeque::new();
+    for _ in 0..count {
+        let (Some(offset), Some(length)) = (next()?, next()?) else {
+            return Ok(None);
+        };
+        stretches.push_back((offset, length));
+    }
+    Ok(Some(stretches))
+}
+
+/// A file that content goes into.
+struct Sink {
+    path: PathBuf,
+    file: File,
+    holes: Option<Holes>,
+    at: u64,
+    entry: Entry,
+}
+
+struct Holes {
+    real: u64,
+    stretches: Stretches,
+}
+
+impl Sink {
+    fn write(&mut self, mut data: &[u8]) -> Result<(), ErrorBody> {
+        while !data.is_empty() {
+            let (now, later, at) = match &mut self.holes {
+                None => (data, &[][..], self.at),
+                Some(holes) => {
+                    let Some((offset, length)) = holes.stretches.front_mut() else {
+                        return Err(bad("a file with holes has more data than its map"));
+                    };
+                    let at = *offset;
+                    let (now, later) = cut(data, *length);
+                    *offset = offset.saturating_add(now.len() as u64);
+                    *length = length.saturating_sub(now.len() as u64);
+                    if *length == 0 {
+                        holes.stretches.pop_front();
+                    }
+                    (now, later, at)
+                }
+            };
+            self.file
+                .write_all_at(now, at)
+                .map_err(|error| failed("write", &self.path, &error))?;
+            self.at = at.saturating_add(now.len() as u64);
+            data = later;
+        }
+        Ok(())
+    }
+
+    fn finish(self, tree: &Tree) -> Result<(), ErrorBody> {
+        if let Some(holes) = &self.holes {
+            self.file
+                .set_len(holes.real)
+                .map_err(|error| failed("write", &self.path, &error))?;
+        }
+        let refused = |errno| refused("set the attributes of", &self.path, errno);
+        let (uid, gid) = tree.owner(&self.entry);
+        nix::unistd::fchown(&self.file, uid, gid).map_err(refused)?;
+        let mode = Mode::from_bits_truncate(self.entry.mode);
+        nix::sys::stat::fchmod(&self.file, mode).map_err(refused)?;
+        let time = time(&self.entry);
+        nix::sys::stat::futimens(&self.file, &time, &time).map_err(refused)
+    }
+}
+
+fn time(entry: &Entry) -> TimeSpec {
+    TimeSpec::new(entry.mtime_s, i64::from(entry.mtime_ns))
+}
+
+/// The tree that grows.
+struct Tree {
+    root: OwnedFd,
+    path: PathBuf,
+    owners: bool,
+    special: bool,
+    /// Directories whose times are set when the entries in them have been made, each in the one
+    /// before.
+    directories: Vec<Entry>,
+}
+
+/// An entry's place: an open directory and a name in it.
+struct Spot {
+    parent: OwnedFd,
+    name: Vec<u8>,
+}
+
+impl Spot {
+    fn name(&self) -> &OsStr {
+        OsStr::from_bytes(&self.name)
+    }
+}
+
+/// A name of the archive as its parts. Slashes at the front are dropped; `..` is refused.
+fn parts(name: &[u8]) -> Result<Vec<&[u8]>, ErrorBody> {
+    let shown = || String::from_utf8_lossy(name.get(..200).unwrap_or(name)).into_owned();
+    if name.len() > MAX_NAME || name.contains(&0) {
+        return Err(bad(format!(
+            "the name {:?} is longer than {MAX_NAME} bytes or has a zero byte",
+            shown()
+        )));
+    }
+    let parts: Vec<&[u8]> = name
+        .split(|byte| *byte == b'/')
+        .filter(|part| !part.is_empty() && *part != b".")
+        .collect();
+    if parts.iter().any(|part| *part == b"..") {
+        return Err(bad(format!("the name {:?} leads out of the tree", shown())));
+    }
+    if parts.len() > MAX_DEPTH {
+        return Err(bad(format!("the name {:?} is too deep", shown())));
+    }
+    Ok(parts)
+}
+
+impl Tree {
+    fn shown(&self, name: &[u8]) -> PathBuf {
+        let name = name
+            .iter()
+            .position(|byte| *byte != b'/')
+            .map_or(&b""[..], |start| name.get(start..).unwrap_or_default());
+        self.path.join(OsStr::from_bytes(name))
+    }
+
+    fn refused(&self, name: &[u8], errno: Errno) -> ErrorBody {
+        match errno {
+            // What the kernel says when a link leads out of the tree.
+            Errno::EXDEV => bad(format!(
+                "{} leads out of the tree through a link",
+                self.shown(name).display()
+            )),
+            errno => refused("unpack", &self.shown(name), errno),
+        }
+    }
+
+    fn owner(&self, entry: &Entry) -> (Option<Uid>, Option<Gid>) {
+        let id = |number| {
+            u32::try_from(number)
+                .ok()
+                .filter(|id| self.owners && *id != u32::MAX)
+        };
+        (
+            id(entry.uid).map(Uid::from_raw),
+            id(entry.gid).map(Gid::from_raw),
+        )
+    }
+
+    /// Opens a directory of the tree. Links are followed as long as they stay in it.
+    fn directory(&self, parts: &[&[u8]]) -> Result<OwnedFd, Errno> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        let path = parts.join(&b'/');
+        let path = if path.is_empty() { b".".to_vec() } else { path };
+        // The kernel asks for another try when something was renamed meanwhile.
+        for _ in 0..16 {
+            match openat2(&self.root, OsStr::from_bytes(&path), how) {
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                other => return other,
+            }
+        }
+        Err(Errno::EBUSY)
+    }
+
+    /// The same, and makes what is missing.
+    fn made_directory(&self, parts: &[&[u8]]) -> Result<OwnedFd, Errno> {
+        match self.directory(parts) {
+            Err(Errno::ENOENT) => {}
+            other => return other,
+        }
+        let mut at = self.directory(&[])?;
+        for length in 1..=parts.len() {
+            let (Some(so_far), Some(name)) =
+                (parts.get(..length), parts.get(length.saturating_sub(1)))
+            else {
+                break;
+            };
+            let mode = Mode::from_bits_truncate(0o755);
+            match mkdirat(&at, OsStr::from_bytes(name), mode) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(errno) => return Err(errno),
+            }
+            at = self.directory(so_far)?;
+        }
+        Ok(at)
+    }
+
+    /// Where an entry goes; none for the tree itself.
+    fn spot(&self, name: &[u8]) -> Result<Option<Spot>, ErrorBody> {
+        let parts = parts(name)?;
+        let Some((last, parents)) = parts.split_last() else {
+            return Ok(None);
+        };
+        let parent = self
+            .made_directory(parents)
+            .map_err(|errno| self.refused(name, errno))?;
+        Ok(Some(Spot {
+            parent,
+            name: last.to_vec(),
+        }))
+    }
+
+    /// Makes what the entry says. Gives the file if content follows.
+    fn make(&mut self, entry: &Entry) -> Result<Option<File>, ErrorBody> {
+        self.leave(&entry.name)?;
+        let Some(spot) = self.spot(&entry.name)? else {
+            if entry.kind != Kind::Directory {
+                return Err(bad("an entry that is no directory has no name"));
+            }
+            self.directories.push(entry.clone());
+            return Ok(None);
+        };
+        let refused = |errno| self.refused(&entry.name, errno);
+        if entry.kind == Kind::Directory {
+            self.make_directory(&spot).map_err(refused)?;
+            self.directories.push(entry.clone());
+            return Ok(None);
+        }
+        let special = matches!(
+            entry.kind,
+            Kind::CharDevice | Kind::BlockDevice | Kind::Fifo
+        );
+        if special && !self.special {
+            return Err(bad(format!(
+                "{} is a device or a pipe; ask for those to have them made",
+                self.shown(&entry.name).display()
+            )));
+        }
+        // Found before anything is taken away: a link to itself would lose the file.
+        let source = match entry.kind {
+            Kind::HardLink => Some(self.link_source(entry)?),
+            _ => None,
+        };
+        match unlinkat(&spot.parent, spot.name(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(refused(errno)),
+        }
+        match entry.kind {
+            Kind::File | Kind::Directory => {
+                let flags = OFlag::O_WRONLY
+                    | OFlag::O_CREAT
+                    | OFlag::O_EXCL
+                    | OFlag::O_NOFOLLOW
+                    | OFlag::O_CLOEXEC;
+                let mode = Mode::from_bits_truncate(0o600);
+                let file = openat(&spot.parent, spot.name(), flags, mode).map_err(refused)?;
+                return Ok(Some(file.into()));
+            }
+            Kind::HardLink => {
+                if let Some(source) = source {
+                    linkat(
+                        &source.parent,
+                        source.name(),
+                        &spot.parent,
+                        spot.name(),
+                        AtFlags::empty(),
+                    )
+                    .map_err(refused)?;
+                }
+                return Ok(None);
+            }
+            Kind::Symlink => {
+                if entry.link.len() > MAX_NAME || entry.link.contains(&0) {
+                    return Err(bad("a link is longer than a path or has a zero byte"));
+                }
+                symlinkat(OsStr::from_bytes(&entry.link), &spot.parent, spot.name())
+                    .map_err(refused)?;
+            }
+            Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
+                let kind = match entry.kind {
+                    Kind::CharDevice => SFlag::S_IFCHR,
+                    Kind::BlockDevice => SFlag::S_IFBLK,
+                    _ => SFlag::S_IFIFO,
+                };
+                let device = makedev(entry.major, entry.minor);
+                let mode = Mode::from_bits_truncate(0o600);
+                mknodat(&spot.parent, spot.name(), kind, mode, device).map_err(refused)?;
+            }
+        }
+        self.attributes(&spot, entry).map_err(refused)?;
+        Ok(None)
+    }
+
+    fn make_directory(&self, spot: &Spot) -> Result<(), Errno> {
+        match mkdirat(&spot.parent, spot.name(), Mode::from_bits_truncate(0o755)) {
+            Err(Errno::EEXIST) => {
+                let flags =
+                    OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                match openat(&spot.parent, spot.name(), flags, Mode::empty()) {
+                    Ok(_) => Ok(()),
+                    // Something else has its name: a link, perhaps.
+                    Err(_) => {
+                        unlinkat(&spot.parent, spot.name(), UnlinkatFlags::NoRemoveDir)?;
+                        mkdirat(&spot.parent, spot.name(), Mode::from_bits_truncate(0o755))
+                    }
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// The file that a hard link is another name of; it has to be in the tree.
+    fn link_source(&self, entry: &Entry) -> Result<Spot, ErrorBody> {
+        let parts = parts(&entry.link)?;
+        let Some((last, parents)) = parts.split_last() else {
+            return Err(bad("a link points to the tree itself"));
+        };
+        let parent = self
+            .directory(parents)
+            .map_err(|errno| self.refused(&entry.link, errno))?;
+        if self.parts_equal(&entry.name, &parts) {
+            return Err(bad("a link points to itself"));
+        }
+        Ok(Spot {
+            parent,
+            name: last.to_vec(),
+        })
+    }
+
+    fn parts_equal(&self, name: &[u8], other: &[&[u8]]) -> bool {
+        parts(name).is_ok_and(|parts| parts == other)
+    }
+
+    fn attributes(&self, spot: &Spot, entry: &Entry) -> Result<(), Errno> {
+        let (uid, gid) = self.owner(entry);
+        fchownat(
+            &spot.parent,
+            spot.name(),
+            uid,
+            gid,
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )?;
+        if entry.kind != Kind::Symlink {
+            let mode = Mode::from_bits_truncate(entry.mode);
+            fchmodat(
+                &spot.parent,
+                spot.name(),
+                mode,
+                FchmodatFlags::FollowSymlink,
+            )?;
+        }
+        let time = time(entry);
+        utimensat(
+            &spot.parent,
+            spot.name(),
+            &time,
+            &time,
+            UtimensatFlags::NoFollowSymlink,
+        )
+    }
+
+    /// Finishes the directories that `name` is not in.
+    fn leave(&mut self, name: &[u8]) -> Result<(), ErrorBody> {
+        let inner = if name.is_empty() {
+            Vec::new()
+        } else {
+            parts(name)?
+        };
+        while let Some(directory) = self.directories.last() {
+            let outer = parts(&directory.name)?;
+            if !name.is_empty() && inner.starts_with(&outer) && inner != outer {
+                return Ok(());
+            }
+            let refused = |errno| self.refused(&directory.name, errno);
+            match outer.split_last() {
+                None => {
+                    let spot = Spot {
+                        parent: self.directory(&[]).map_err(refused)?,
+                        name: b".".to_vec(),
+                    };
+                    self.attributes(&spot, directory).map_err(refused)?;
+                }
+                Some((last, parents)) => {
+                    let spot = Spot {
+                        parent: self.directory(parents).map_err(refused)?,
+                        name: last.to_vec(),
+                    };
+                    match self.attributes_of_directory(&spot, directory) {
+                        // Somebody has taken it away, or exchanged it.
+                        Ok(()) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
+                        Err(errno) => return Err(refused(errno)),
+                    }
+                }
+            }
+            self.directories.pop();
+        }
+        Ok(())
+    }
+
+    /// Never through a link that has taken the directory's place meanwhile.
+    fn attributes_of_directory(&self, spot: &Spot, entry: &Entry) -> Result<(), Errno> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let parent = openat(&spot.parent, spot.name(), flags, Mode::empty())?;
+        let itself = Spot {
+            parent,
+            name: b".".to_vec(),
+        };
+        self.attributes(&itself, entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn unpack(into: &Path) -> Unpack {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Unpack::new(Tree {
+            root: open(into, flags, Mode::empty()).unwrap(),
+            path: into.to_path_buf(),
+            owners: false,
+            special: false,
+            directories: Vec::new(),
+        })
+    }
+
+    fn file(name: &[u8], kind: Kind, link: &[u8]) -> Vec<u8> {
+        let content: &[u8] = if kind == Kind::File { b"owned" } else { b"" };
+        let entry = Entry {
+            kind,
+            name: name.to_vec(),
+            link: link.to_vec(),
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            size: content.len() as u64,
+            mtime_s: 1,
+            mtime_ns: 0,
+            major: 1,
+            minor: 3,
+        };
+        let mut bytes = header::entry(&entry).to_vec();
+        bytes.extend_from_slice(content);
+        bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
+        bytes
+    }
+
+    /// What unpacking these entries leaves beside the tree.
+    fn outside_after(entries: &[Vec<u8>]) -> (Vec<std::ffi::OsString>, Option<ErrorBody>) {
+        let directory = tempfile::tempdir().unwrap();
+        let (inside, outside) = (directory.path().join("in"), directory.path().join("out"));
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        std::os::unix::fs::symlink(&outside, inside.join("planted")).unwrap();
+        let mut unpack = unpack(&inside);
+        let result = entries.iter().try_for_each(|entry| unpack.push(entry));
+        let found = std::fs::read_dir(&outside).unwrap();
+        (
+            found.map(|entry| entry.unwrap().file_name()).collect(),
+            result.err(),
+        )
+    }
+
+    #[test]
+    fn nothing_in_an_archive_leads_out_of_the_tree() {
+        let outside: Vec<Vec<u8>> = vec![
+            file(b"../out/x", Kind::File, b""),
+            file(b"a/../../out/x", Kind::File, b""),
+            file(b"..", Kind::Directory, b""),
+            file(b"a/../..", Kind::Directory, b""),
+            file(b"planted/x", Kind::File, b""),
+            file(b"planted/d/", Kind::Directory, b""),
+            file(b"planted/l", Kind::Symlink, b"x"),
+            file(b"l", Kind::HardLink, b"../out/x"),
+        ];
+        for entry in outside {
+            let (found, error) = outside_after(&[entry]);
+            assert!(found.is_empty(), "{found:?}");
+            assert_eq!(error.unwrap().code, ErrorCode::BadArchive);
+        }
+        // Through a link that the archive itself has made, absolute or not.
+        for target in [&b"../out"[..], b"/tmp", b".."] {
+            let link = file(b"link", Kind::Symlink, target);
+            let through = file(b"link/x", Kind::File, b"");
+            let (found, error) = outside_after(&[link, through]);
+            assert!(found.is_empty(), "{found:?}");
+            assert_eq!(error.unwrap().code, ErrorCode::BadArchive);
+        }
+        // A file over a link replaces the link.
+        let (found, error) = outside_after(&[file(b"planted", Kind::File, b"")]);
+        assert!(found.is_empty() && error.is_none());
+    }
+
+    #[test]
+    fn devices_are_refused_unless_asked_for() {
+        for kind in [Kind::CharDevice, Kind::BlockDevice, Kind::Fifo] {
+            let (_, error) = outside_after(&[file(b"d", kind, b"")]);
+            assert_eq!(error.unwrap().code, ErrorCode::BadArchive);
+        }
+    }
+
+    #[test]
+    fn no_length_in_an_archive_is_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        for letter in [b'x', b'g', b'L', b'K'] {
+            let mut block = header::pax(header::MAX_LONG);
+            block[156] = letter;
+            let sum: u32 = block
+                .iter()
+                .enumerate()
+                .map(|(at, byte)| {
+                    if (148..156).contains(&at) {
+                        32
+                    } else {
+                        u32::from(*byte)
+                    }
+                })
+                .sum();
+            block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            let error = unpack(directory.path()).push(&block).unwrap_err();
+            assert_eq!(error.code, ErrorCode::BadArchive);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_archives_never_panic_and_never_leave_the_tree(
+            at in 0_usize..3000,
+            value in any::<u8>(),
+            cut in 1_usize..700,
+        ) {
+            let mut bytes = file(b"d/", Kind::Directory, b"");
+            bytes.extend(file(b"d/f", Kind::File, b""));
+            bytes.extend(file(b"l", Kind::Symlink, b"d/f"));
+            bytes.extend(file(b"h", Kind::HardLink, b"d/f"));
+            bytes.extend([0; 1024]);
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte = value;
+            }
+            let directory = tempfile::tempdir().unwrap();
+            let inside = directory.path().join("in");
+            std::fs::create_dir(&inside).unwrap();
+            let mut unpack = unpack(&inside);
+            for piece in bytes.chunks(cut) {
+                if unpack.push(piece).is_err() {
+                    break;
+                }
+            }
+            prop_assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        }
+    }
+}

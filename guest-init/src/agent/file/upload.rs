@@ -1,0 +1,470 @@
+//! What uploads leave behind until they are complete: hidden files beside the one that they are to
+//! become. How many there are, and how old, is bounded: the list of them is kept here and, in a
+//! machine of its own, as links in a directory, so that a new run of the machine knows them too.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, fstat};
+use protocol::file::transfer::{DropUpload, QueryUpload, UploadId, UploadState};
+use protocol::file::{FileDone, FileType};
+use protocol::{ErrorBody, ErrorCode};
+
+use super::error::{failed, invalid, refused};
+use super::path::{self, Place};
+use super::{info, path::follow};
+use crate::agent::stream::{Stream, StreamError};
+use crate::agent::{Agent, lock};
+use crate::log;
+
+/// Broken uploads that are kept; the oldest goes first.
+const MAX_KEPT: usize = 64;
+/// How long a broken upload is kept.
+const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How the hidden files are called, before the upload's name.
+const PREFIX: &str = ".supvm-upload-";
+/// Bytes that are hashed in one go.
+const CHUNK: usize = 128 << 10;
+/// After so many bytes it is looked whether the client still waits.
+const LOOK: u64 = 256 << 20;
+
+/// All uploads that have a file.
+#[derive(Debug, Default)]
+pub(crate) struct Uploads {
+    known: Mutex<HashMap<UploadId, Known>>,
+    /// Where the list is kept over a restart.
+    index: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Known {
+    file: PathBuf,
+    /// A stream writes it now.
+    active: bool,
+    touched: SystemTime,
+}
+
+impl Uploads {
+    /// Takes up the list of an earlier run.
+    pub(crate) fn load(&self) {
+        let Some(index) = &self.index else { return };
+        let Ok(links) = std::fs::read_dir(index) else {
+            return;
+        };
+        let mut known = lock(&self.known);
+        for link in links.flatten().take(MAX_KEPT) {
+            let Some(upload) = link.file_name().to_str().and_then(parse_id) else {
+                continue;
+            };
+            let Ok(file) = std::fs::read_link(link.path()) else {
+                continue;
+            };
+            let ours = file.file_name() == Some(hidden_name(upload).as_os_str());
+            let about = std::fs::symlink_metadata(&file).and_then(|about| about.modified());
+            match about {
+                Ok(touched) if ours => {
+                    known.entry(upload).or_insert(Known {
+                        file,
+                        active: false,
+                        touched,
+                    });
+                }
+                _ => drop(std::fs::remove_file(link.path())),
+            }
+        }
+        self.sweep(&mut known, 0);
+    }
+
+    /// A list that is kept in this directory.
+    pub(crate) fn kept_in(index: PathBuf) -> Self {
+        Self {
+            known: Mutex::default(),
+            index: Some(index),
+        }
+    }
+
+    /// Claims an upload for one stream.
+    pub(crate) fn claim(&self, upload: UploadId, file: &Path) -> Result<Claim<'_>, ErrorBody> {
+        let mut known = lock(&self.known);
+        match known.get(&upload) {
+            Some(other) if other.active => {
+                let message = format!("another stream writes upload {upload}");
+                let error = ErrorBody::caller(ErrorCode::FileBusy, message);
+                return Err(error.retryable_after_ms(500));
+            }
+            Some(other) if other.file != file => {
+                return Err(invalid(format!(
+                    "upload {upload} is for another file; take another name for this one"
+                )));
+            }
+            _ => {}
+        }
+        let entry = Known {
+            file: file.to_path_buf(),
+            active: true,
+            touched: SystemTime::now(),
+        };
+        if known.insert(upload, entry).is_none() {
+            self.remember(upload, file);
+        }
+        self.sweep(&mut known, MAX_KEPT);
+        Ok(Claim {
+            uploads: self,
+            upload,
+            keep: false,
+        })
+    }
+
+    /// Removes what is too old, and the oldest of what is too many. With `most` zero only age counts.
+    fn sweep(&self, known: &mut HashMap<UploadId, Known>, most: usize) {
+        let now = SystemTime::now();
+        let is_old = |one: &Known| {
+            now.duration_since(one.touched)
+                .is_ok_and(|age| age > MAX_AGE)
+        };
+        let mut gone: Vec<UploadId> = known
+            .iter()
+            .filter(|(_, one)| !one.active && is_old(one))
+            .map(|(upload, _)| *upload)
+            .collect();
+        let mut idle: Vec<(SystemTime, UploadId)> = known
+            .iter()
+            .filter(|(upload, one)| !one.active && !gone.contains(upload))
+            .map(|(upload, one)| (one.touched, *upload))
+            .collect();
+        if most > 0 && idle.len() > most {
+            idle.sort();
+            let excess = idle.len().saturating_sub(most);
+            gone.extend(idle.iter().take(excess).map(|(_, upload)| *upload));
+        }
+        for upload in gone {
+            if let Some(one) = known.remove(&upload) {
+                log::info(format_args!("event=upload_swept upload={upload}"));
+                // It may have gone by itself.
+                let _ = std::fs::remove_file(&one.file);
+                self.forget(upload);
+            }
+        }
+    }
+
+    fn remember(&self, upload: UploadId, file: &Path) {
+        let Some(index) = &self.index else { return };
+        let link = index.join(upload.to_string());
+        let made =
+            std::fs::create_dir_all(index).and_then(|()| std::os::unix::fs::symlink(file, &link));
+        if let Err(error) = made {
+            log::warn(format_args!(
+                "event=upload_not_listed upload={upload} error=\"{error}\""
+            ));
+        }
+    }
+
+    fn forget(&self, upload: UploadId) {
+        if let Some(index) = &self.index {
+            // It may never have been listed.
+            let _ = std::fs::remove_file(index.join(upload.to_string()));
+        }
+    }
+}
+
+/// An upload that one stream has for itself.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    uploads: &'a Uploads,
+    upload: UploadId,
+    /// Whether the file stays when the stream has ended.
+    keep: bool,
+}
+
+impl Claim<'_> {
+    /// What is there stays after the stream.
+    pub(crate) fn keep(&mut self, keep: bool) {
+        self.keep = keep;
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut known = lock(&self.uploads.known);
+        if self.keep {
+            if let Some(one) = known.get_mut(&self.upload) {
+                one.active = false;
+                one.touched = SystemTime::now();
+            }
+            self.uploads.sweep(&mut known, MAX_KEPT);
+        } else if let Some(one) = known.remove(&self.upload) {
+            // After success it has its final name already.
+            let _ = std::fs::remove_file(&one.file);
+            self.uploads.forget(self.upload);
+        }
+    }
+}
+
+/// How the hidden file is called.
+pub(crate) fn hidden_name(upload: UploadId) -> OsString {
+    OsString::from(format!("{PREFIX}{upload}"))
+}
+
+fn parse_id(text: &str) -> Option<UploadId> {
+    let mut id = [0; 16];
+    if text.len() != 32 {
+        return None;
+    }
+    for (index, byte) in id.iter_mut().enumerate() {
+        let start = index.checked_mul(2)?;
+        *byte = u8::from_str_radix(text.get(start..start.checked_add(2)?)?, 16).ok()?;
+    }
+    Some(UploadId(id))
+}
+
+/// A name that nobody else has.
+pub(crate) fn fresh_id() -> Result<UploadId, Errno> {
+    let mut id = [0; 16];
+    // SAFETY: the kernel writes at most as many bytes as the array has, which lives across the call.
+    let count = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
+    Errno::result(count)?;
+    Ok(UploadId(id))
+}
+
+/// Where the file of an upload to `path` is.
+fn hidden_file(path: &Path, upload: UploadId) -> Result<PathBuf, ErrorBody> {
+    let (parent, _) = path::split(&follow(path)?)?;
+    Ok(parent.join(hidden_name(upload)))
+}
+
+fn no_such(upload: UploadId) -> ErrorBody {
+    let message = format!("nothing is kept of upload {upload}; begin it anew at offset 0");
+    ErrorBody::caller(ErrorCode::NoSuchUpload, message)
+}
+
+/// Opens what is kept.
+pub(crate) fn open_kept(place: &Place, upload: UploadId) -> Result<Option<OwnedFd>, Errno> {
+    let flags =
+        OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let name = hidden_name(upload);
+    let file = match openat(&place.parent, name.as_os_str(), flags, Mode::empty()) {
+        Err(Errno::ENOENT) => return Ok(None),
+        other => other?,
+    };
+    let about = fstat(&file)?;
+    Ok((info::file_type(&about) == FileType::Regular).then_some(file))
+}
+
+/// Says how far an upload has come.
+pub(super) fn query(
+    agent: &Agent,
+    request: QueryUpload,
+    stream: Stream,
+) -> Result<(), StreamError> {
+    let look = || {
+        let path = path::parse(request.path, &agent.workspace)?;
+        let hidden = hidden_file(&path, request.upload)?;
+        // While it is looked at, nobody writes it.
+        let mut claim = agent.uploads.claim(request.upload, &hidden)?;
+        let place = Place::open(&hidden)?;
+        let file = open_kept(&place, request.upload)
+            .map_err(|errno| refused("open", &hidden, errno))?
+            .ok_or_else(|| no_such(request.upload))?;
+        claim.keep(true);
+        let length = fstat(&file)
+            .map_err(|errno| refused("look at", &hidden, errno))?
+            .st_size;
+        let offset = u64::try_from(length).unwrap_or(0);
+        let mut hasher = blake3::Hasher::new();
+        hash_file(&file, offset, &mut hasher, &stream).map_err(|error| match error {
+            HashError::Read(errno) => refused("read", &hidden, errno),
+            HashError::Stream(_) => invalid("the client has gone"),
+        })?;
+        Ok::<_, ErrorBody>(UploadState {
+            offset,
+            blake3: *hasher.finalize().as_bytes(),
+        })
+    };
+    let outcome = look();
+    match outcome {
+        Ok(state) => stream.finish(&state),
+        Err(error) => stream.refuse(&error),
+    }
+}
+
+/// Throws away what is kept.
+pub(super) fn discard(agent: &Agent, request: DropUpload) -> Result<FileDone, ErrorBody> {
+    let path = path::parse(request.path, &agent.workspace)?;
+    let hidden = hidden_file(&path, request.upload)?;
+    let _claim = agent.uploads.claim(request.upload, &hidden)?;
+    match std::fs::remove_file(&hidden) {
+        Ok(()) => Ok(FileDone {}),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(no_such(request.upload)),
+        Err(error) => Err(failed("remove", &hidden, &error)),
+    }
+}
+
+/// Why a file was not hashed.
+#[derive(Debug)]
+pub(crate) enum HashError {
+    /// It cannot be read.
+    Read(Errno),
+    /// Nobody waits for it.
+    Stream(StreamError),
+}
+
+/// Hashes the first `length` bytes, as long as somebody waits for it.
+pub(crate) fn hash_file(
+    file: &OwnedFd,
+    length: u64,
+    hasher: &mut blake3::Hasher,
+    stream: &Stream,
+) -> Result<(), HashError> {
+    let mut buffer = vec![0; CHUNK];
+    let (mut at, mut unlooked): (u64, u64) = (0, 0);
+    while at < length {
+        let left = length.saturating_sub(at);
+        let turn = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
+        let offset = i64::try_from(at).map_err(|_| HashError::Read(Errno::EOVERFLOW))?;
+        let room = buffer.get_mut(..turn).unwrap_or_default();
+        let count = match nix::sys::uio::pread(file, room, offset) {
+            // It became shorter: somebody else's hand is in it.
+            Ok(0) => return Err(HashError::Read(Errno::EIO)),
+            Ok(count) => count,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(HashError::Read(errno)),
+        };
+        hasher.update(buffer.get(..count).unwrap_or_default());
+        let count = u64::try_from(count).unwrap_or(left);
+        at = at.saturating_add(count);
+        unlooked = unlooked.saturating_add(count);
+        if unlooked >= LOOK {
+            unlooked = 0;
+            stream.check_heard().map_err(HashError::Stream)?;
+        }
+    }
+    Ok(())
+}
+
+/// Starts writing out a stretch of a file, so that the disk works while more arrives; and waits for
+/// an earlier one, so that memory does not fill with what the disk has not taken.
+#[derive(Debug, Default)]
+pub(crate) struct WriteBehind {
+    begun: u64,
+}
+
+/// Bytes that are handed to the disk at once.
+const STRETCH: u64 = 8 << 20;
+/// Stretches that may be under way.
+const UNDER_WAY: u64 = 8;
+
+impl WriteBehind {
+    /// The file has been written up to here.
+    pub(crate) fn written(&mut self, file: &File, up_to: u64) {
+        while up_to.saturating_sub(self.begun) >= STRETCH {
+            sync_range(file, self.begun, libc::SYNC_FILE_RANGE_WRITE);
+            if let Some(earlier) = self.begun.checked_sub(STRETCH.saturating_mul(UNDER_WAY)) {
+                sync_range(file, earlier, libc::SYNC_FILE_RANGE_WAIT_BEFORE);
+            }
+            self.begun = self.begun.saturating_add(STRETCH);
+        }
+    }
+
+    /// What lies before is written out already, or somebody else's to write out.
+    pub(crate) fn begin(at: u64) -> Self {
+        Self { begun: at }
+    }
+}
+
+fn sync_range(file: &File, start: u64, flags: libc::c_uint) {
+    let (Ok(start), Ok(length)) = (i64::try_from(start), i64::try_from(STRETCH)) else {
+        return;
+    };
+    // Only a hint: what goes wrong in it comes to light in the fsync at the end.
+    // SAFETY: takes a descriptor and numbers, no memory.
+    let _ = unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), start, length, flags) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: usize) -> UploadId {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&number.to_le_bytes());
+        UploadId(id)
+    }
+
+    fn leave(uploads: &Uploads, directory: &Path, upload: UploadId) -> PathBuf {
+        let file = directory.join(hidden_name(upload));
+        let mut claim = uploads.claim(upload, &file).unwrap();
+        std::fs::write(&file, b"half").unwrap();
+        claim.keep(true);
+        drop(claim);
+        file
+    }
+
+    #[test]
+    fn no_more_than_so_many_broken_uploads_are_kept_and_the_oldest_goes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let uploads = Uploads::default();
+        let files: Vec<_> = (0..MAX_KEPT + 3)
+            .map(|number| leave(&uploads, directory.path(), id(number)))
+            .collect();
+        let there: Vec<_> = files.iter().map(|file| file.exists()).collect();
+        assert_eq!(there.iter().filter(|there| **there).count(), MAX_KEPT);
+        assert!(!there[0] && !there[2] && there[3]);
+    }
+
+    #[test]
+    fn a_broken_upload_is_swept_when_it_is_old_also_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = directory.path().join("index");
+        let uploads = Uploads::kept_in(index.clone());
+        let old = leave(&uploads, directory.path(), id(1));
+        let new = leave(&uploads, directory.path(), id(2));
+        let long_ago = SystemTime::now() - MAX_AGE - Duration::from_secs(60);
+        File::options()
+            .write(true)
+            .open(&old)
+            .unwrap()
+            .set_modified(long_ago)
+            .unwrap();
+        drop(uploads);
+        let uploads = Uploads::kept_in(index.clone());
+        uploads.load();
+        assert!(!old.exists());
+        assert!(new.exists());
+        assert_eq!(std::fs::read_dir(&index).unwrap().count(), 1);
+        drop(uploads.claim(id(2), &new).unwrap());
+        assert!(!new.exists(), "one that is not kept goes at once");
+        assert_eq!(std::fs::read_dir(&index).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_list_of_an_earlier_run_removes_nothing_that_is_no_upload() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = directory.path().join("index");
+        std::fs::create_dir(&index).unwrap();
+        let precious = directory.path().join("precious");
+        std::fs::write(&precious, b"1").unwrap();
+        let long_ago = SystemTime::now() - MAX_AGE - Duration::from_secs(60);
+        let file = File::options().write(true).open(&precious).unwrap();
+        file.set_modified(long_ago).unwrap();
+        std::os::unix::fs::symlink(&precious, index.join(id(1).to_string())).unwrap();
+        Uploads::kept_in(index).load();
+        assert!(precious.exists());
+    }
+
+    #[test]
+    fn two_streams_never_write_one_upload() {
+        let uploads = Uploads::default();
+        let first = uploads.claim(id(1), Path::new("/x/a")).unwrap();
+        let error = uploads.claim(id(1), Path::new("/x/a")).unwrap_err();
+        assert_eq!(error.code, ErrorCode::FileBusy);
+        drop(first);
+        assert!(uploads.claim(id(1), Path::new("/x/a")).is_ok());
+    }
+}

@@ -1,0 +1,690 @@
+//! The bytes of one file, either way.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+
+use common::files::{
+    ask, begin, data, end, noise, read, read_request, refusal, upload_id, write, write_request,
+};
+use common::{Agent, eventually, shell};
+use protocol::file::transfer::{
+    DropUpload, FileHole, FileWritten, QueryUpload, UploadState, WriteEnd, WriteMode,
+};
+use protocol::file::{FileDone, FileType};
+use protocol::{ErrorCode, Kind, message};
+
+/// Names in a directory, hidden ones too.
+fn names(agent: &Agent) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(agent.workspace())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn query(path: &str, number: u8) -> QueryUpload {
+    QueryUpload {
+        path: path.as_bytes().to_vec(),
+        upload: upload_id(number),
+    }
+}
+
+#[test]
+fn files_of_any_size_are_read_whole_with_their_size_and_checksum() {
+    let agent = Agent::start();
+    for size in [0, 1, 65_536, 65_537, 1_000_000] {
+        let bytes = noise(size);
+        fs::write(agent.workspace().join("file"), &bytes).unwrap();
+        let mut request = read_request("file");
+        request.checksum = true;
+        let got = read(&agent, &request);
+        assert!(got.bytes == bytes, "{size}");
+        assert_eq!(got.started.total, Some(size as u64));
+        assert_eq!(got.started.info.file_type, FileType::Regular);
+        assert_eq!(got.ended.bytes, size as u64);
+        assert_eq!(got.ended.blake3, Some(*blake3::hash(&bytes).as_bytes()));
+    }
+    assert_eq!(
+        read(&agent, &read_request("file")).ended.blake3,
+        None,
+        "nobody asked"
+    );
+}
+
+#[test]
+fn a_read_goes_on_where_an_earlier_one_stopped() {
+    let agent = Agent::start();
+    let bytes = noise(300_000);
+    fs::write(agent.workspace().join("file"), &bytes).unwrap();
+    let mut request = read_request("file");
+    request.offset = 100_000;
+    let rest = read(&agent, &request);
+    assert_eq!(rest.started.total, Some(200_000));
+    assert!(rest.bytes == bytes[100_000..]);
+    request.length = Some(70_000);
+    assert!(read(&agent, &request).bytes == bytes[100_000..170_000]);
+    request.length = Some(u64::MAX);
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::FileTooLarge);
+    request.offset = 300_000;
+    request.length = None;
+    assert_eq!(read(&agent, &request).started.total, Some(0));
+    request.offset = 300_001;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn files_of_the_kernel_are_read_whole_though_they_say_they_are_empty() {
+    let agent = Agent::start();
+    let got = read(&agent, &read_request("/proc/self/status"));
+    assert_eq!(got.started.total, None);
+    assert!(got.bytes.starts_with(b"Name:\tguest-init"));
+    let got = read(
+        &agent,
+        &read_request("/sys/kernel/mm/transparent_hugepage/enabled"),
+    );
+    assert!(got.bytes.ends_with(b"\n") && got.bytes.len() < 100);
+}
+
+#[test]
+fn pipes_devices_and_directories_are_refused_and_hang_nobody() {
+    let agent = Agent::start();
+    let fifo = agent.workspace().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(agent.workspace().join("socket")).unwrap();
+    for (path, code) in [
+        ("fifo", ErrorCode::NotARegularFile),
+        ("socket", ErrorCode::NotARegularFile),
+        ("/dev/zero", ErrorCode::NotARegularFile),
+        ("", ErrorCode::IsADirectory),
+        ("missing", ErrorCode::NoSuchFile),
+    ] {
+        assert_eq!(refusal(&agent, &read_request(path)).code, code, "{path}");
+    }
+    for path in ["fifo", "socket", "/dev/null", "/tmp"] {
+        let mut client = agent.connect();
+        client.send(&write_request(path));
+        let code = client.error().code;
+        assert!(
+            [ErrorCode::NotARegularFile, ErrorCode::IsADirectory].contains(&code),
+            "{path}: {code:?}"
+        );
+    }
+}
+
+#[test]
+fn a_pipe_is_read_when_asked_for_from_its_first_writer_to_its_last() {
+    let agent = Agent::start();
+    let fifo = agent.workspace().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let before = agent.descriptors();
+    let mut request = read_request("fifo");
+    request.special = true;
+    let mut client = agent.connect();
+    client.send(&request);
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    let mut writer = File::options().write(true).open(&fifo).unwrap();
+    for word in [&b"one"[..], b"two"] {
+        writer.write_all(word).unwrap();
+        // It comes before there is more, or an end.
+        assert_eq!(client.frame().unwrap().body, word);
+    }
+    drop(writer);
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_ENDED);
+    // A client that leaves while nothing comes takes its stream with it.
+    let mut waiting = agent.connect();
+    waiting.send(&request);
+    waiting.frame().unwrap();
+    drop((client, waiting));
+    eventually("the stream has ended", || agent.descriptors() <= before);
+    request.path = b"/dev/zero".to_vec();
+    request.length = Some(200_000);
+    assert!(read(&agent, &request).bytes == vec![0; 200_000]);
+}
+
+#[test]
+fn holes_are_sent_as_holes_when_asked_for_and_as_zeros_when_not() {
+    let agent = Agent::start();
+    let file = File::create(agent.workspace().join("sparse")).unwrap();
+    file.set_len(50 << 20).unwrap();
+    file.write_all_at(b"middle", 20 << 20).unwrap();
+    let mut request = read_request("sparse");
+    request.checksum = true;
+    request.length = Some(30 << 20);
+    let plain = read(&agent, &request);
+    request.sparse = true;
+    let sparse = read(&agent, &request);
+    assert_eq!(plain.holes, 0);
+    assert!(sparse.holes > 29 << 20, "{} bytes of holes", sparse.holes);
+    assert!(plain.bytes == sparse.bytes && plain.bytes.len() == 30 << 20);
+    assert_eq!(plain.ended, sparse.ended);
+    assert_eq!(
+        plain.ended.blake3,
+        Some(*blake3::hash(&plain.bytes).as_bytes())
+    );
+}
+
+#[test]
+fn a_file_that_becomes_shorter_while_it_is_read_ends_early_and_says_so() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    File::create(&path).unwrap().set_len(100 << 20).unwrap();
+    let mut client = agent.connect();
+    client.send(&read_request("file"));
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(1000)
+        .unwrap();
+    let mut seen = 0;
+    let ended = loop {
+        let frame = client.frame().unwrap();
+        if frame.kind != Kind::FILE_DATA {
+            break message::decode::<protocol::file::transfer::ReadEnded>(&frame).unwrap();
+        }
+        seen += frame.body.len() as u64;
+    };
+    assert!(seen < 100 << 20);
+    assert_eq!(ended.bytes, seen);
+}
+
+#[test]
+fn a_read_that_nobody_takes_costs_one_buffer_and_holds_up_nobody() {
+    let agent = Agent::start();
+    File::create(agent.workspace().join("big"))
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
+    let stuck: Vec<_> = (0..20)
+        .map(|_| {
+            let mut client = agent.connect();
+            client.send(&read_request("big"));
+            client
+        })
+        .collect();
+    assert_eq!(agent.shell("echo on").text(), "on\n");
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 24 << 10, "{peak} KiB");
+    drop(stuck);
+}
+
+#[test]
+fn every_stream_there_is_and_none_of_them_read_leaves_memory_bounded() {
+    let agent = Agent::start();
+    File::create(agent.workspace().join("big"))
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
+    // All places but a few.
+    let stuck: Vec<_> = (0..500)
+        .map(|number| {
+            let mut client = agent.connect();
+            if number % 2 == 0 {
+                client.send(&read_request("big"));
+            } else {
+                let mut request = write_request(&format!("half-{number}"));
+                request.upload = Some(upload_id(0));
+                request.upload.as_mut().unwrap().0[..8].copy_from_slice(&[number as u8; 8]);
+                request.upload.as_mut().unwrap().0[8] = (number >> 8) as u8;
+                client.send(&request);
+                client.send_raw(Kind::FILE_DATA, &[1; 65_536]);
+            }
+            client
+        })
+        .collect();
+    assert_eq!(agent.shell("echo on").text(), "on\n");
+    eventually("all of them are stuck", || {
+        fs::read_dir(agent.workspace()).unwrap().count() > 250
+    });
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 80 << 10, "{peak} KiB");
+    drop(stuck);
+}
+
+#[test]
+fn a_written_file_appears_whole_or_not_at_all() {
+    let agent = Agent::start();
+    let bytes = noise(700_000);
+    let path = agent.workspace().join("new");
+    let mut client = begin(&agent, &write_request("new"));
+    data(&mut client, &bytes);
+    assert!(!path.exists(), "it is there before its end was said");
+    let written = end(client).unwrap();
+    assert_eq!(written.size, 700_000);
+    assert!(fs::read(&path).unwrap() == bytes);
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o644);
+    // Interrupted between two frames, and inside one.
+    for cut in [0, 3] {
+        let mut client = begin(&agent, &write_request("new"));
+        data(&mut client, b"something else");
+        client.socket.write_all(&[9, 0, 0][..cut]).unwrap();
+        eventually("the agent has begun", || names(&agent).len() == 2);
+        drop(client);
+        eventually("nothing is left", || names(&agent) == ["new"]);
+        assert!(fs::read(&path).unwrap() == bytes);
+    }
+}
+
+#[test]
+fn who_has_the_old_file_open_keeps_it_whole() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, b"old").unwrap();
+    let old = File::open(&path).unwrap();
+    write(&agent, &write_request("file"), b"new content").unwrap();
+    let mut buffer = [0; 10];
+    assert_eq!(old.read_at(&mut buffer, 0).unwrap(), 3);
+    assert_eq!(fs::read(&path).unwrap(), b"new content");
+}
+
+#[test]
+fn the_old_files_mode_and_owner_stay_unless_others_are_asked_for() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, b"old").unwrap();
+    std::os::unix::fs::chown(&path, Some(4711), Some(4712)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o4750)).unwrap();
+    write(&agent, &write_request("file"), b"new").unwrap();
+    let about = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (about.mode() & 0o7777, about.uid(), about.gid()),
+        (0o4750, 4711, 4712)
+    );
+    let mut request = write_request("file");
+    request.permissions = Some(0o600);
+    write(&agent, &request, b"new").unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+    request.permissions = Some(0o20_000);
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn parents_are_made_and_directories_are_refused() {
+    let agent = Agent::start();
+    write(&agent, &write_request("a/b/c"), b"deep").unwrap();
+    assert_eq!(fs::read(agent.workspace().join("a/b/c")).unwrap(), b"deep");
+    for (path, code) in [
+        ("a", ErrorCode::IsADirectory),
+        ("new/", ErrorCode::IsADirectory),
+        ("", ErrorCode::IsADirectory),
+        ("a/b/c/d", ErrorCode::NotADirectory),
+        ("..", ErrorCode::IsADirectory),
+    ] {
+        let error = refusal(&agent, &write_request(path));
+        assert_eq!(error.code, code, "{path}: {}", error.message);
+    }
+    assert_eq!(names(&agent), ["a"]);
+}
+
+#[test]
+fn a_write_to_a_link_goes_to_what_it_points_to() {
+    let agent = Agent::start();
+    let at = |path: &str| agent.workspace().join(path);
+    fs::create_dir(at("real")).unwrap();
+    symlink("real/file", at("link")).unwrap();
+    symlink("link", at("link-to-link")).unwrap();
+    symlink("loop", at("loop")).unwrap();
+    for words in ["made", "replaced"] {
+        write(&agent, &write_request("link-to-link"), words.as_bytes()).unwrap();
+        assert_eq!(fs::read_to_string(at("real/file")).unwrap(), words);
+    }
+    assert!(fs::symlink_metadata(at("link")).unwrap().is_symlink());
+    let error = refusal(&agent, &write_request("loop"));
+    assert_eq!(error.code, ErrorCode::TooManyLinks);
+}
+
+#[test]
+fn create_refuses_a_file_that_exists_also_one_that_came_meanwhile() {
+    let agent = Agent::start();
+    let mut request = write_request("file");
+    request.mode = WriteMode::Create;
+    let mut client = begin(&agent, &request);
+    data(&mut client, b"late");
+    fs::write(agent.workspace().join("file"), b"early").unwrap();
+    assert_eq!(end(client).unwrap_err().code, ErrorCode::FileExists);
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::FileExists);
+    assert_eq!(names(&agent), ["file"]);
+    assert_eq!(fs::read(agent.workspace().join("file")).unwrap(), b"early");
+}
+
+#[test]
+fn an_append_adds_to_the_end_and_makes_what_is_missing() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    request.checksum = true;
+    for words in ["one ", "two"] {
+        let written = write(&agent, &request, words.as_bytes()).unwrap();
+        let sum = blake3::hash(words.as_bytes());
+        assert_eq!(written.blake3, Some(*sum.as_bytes()), "of what was sent");
+    }
+    assert_eq!(fs::read(agent.workspace().join("log")).unwrap(), b"one two");
+    request.upload = Some(upload_id(1));
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn a_wrong_length_or_checksum_is_refused_and_the_old_file_stays() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, b"old").unwrap();
+    let mut request = write_request("file");
+    request.size = Some(5);
+    let short = write(&agent, &request, b"1234").unwrap_err();
+    assert_eq!(short.code, ErrorCode::ContentMismatch);
+    let mut client = begin(&agent, &request);
+    data(&mut client, b"123456");
+    assert_eq!(client.error().code, ErrorCode::ContentMismatch);
+    for checksum in [false, true] {
+        request.checksum = checksum;
+        for (sum, good) in [(blake3::hash(b"12345"), true), (blake3::hash(b"x"), false)] {
+            fs::write(&path, b"old").unwrap();
+            let mut client = begin(&agent, &request);
+            data(&mut client, b"12345");
+            client.send(&WriteEnd {
+                blake3: Some(*sum.as_bytes()),
+            });
+            if good {
+                let written: FileWritten = message::decode(&client.frame().unwrap()).unwrap();
+                assert_eq!(written.blake3, Some(*sum.as_bytes()));
+                assert_eq!(fs::read(&path).unwrap(), b"12345");
+            } else {
+                assert_eq!(client.error().code, ErrorCode::ContentMismatch);
+                assert_eq!(fs::read(&path).unwrap(), b"old");
+            }
+        }
+    }
+    assert_eq!(names(&agent), ["file"]);
+}
+
+#[test]
+fn a_broken_upload_goes_on_where_it_stopped() {
+    let agent = Agent::start();
+    let bytes = noise(2_000_000);
+    let mut request = write_request("deep/file");
+    request.upload = Some(upload_id(7));
+    request.checksum = true;
+    request.size = Some(2_000_000);
+    assert_eq!(
+        refusal(&agent, &query("deep/file", 7)).code,
+        ErrorCode::NoSuchFile
+    );
+    let mut client = begin(&agent, &request);
+    data(&mut client, &bytes[..1_300_000]);
+    let busy = refusal(&agent, &query("deep/file", 7));
+    assert_eq!(busy.code, ErrorCode::FileBusy);
+    drop(client);
+    let mut state = None;
+    eventually("the agent lets it go", || {
+        let mut client = agent.connect();
+        client.send(&query("deep/file", 7));
+        state = message::decode::<UploadState>(&client.frame().unwrap()).ok();
+        state.is_some()
+    });
+    let state = state.unwrap();
+    let there = usize::try_from(state.offset).unwrap();
+    assert!(there > 1_000_000, "{there} bytes");
+    assert_eq!(state.blake3, *blake3::hash(&bytes[..there]).as_bytes());
+    assert!(!agent.workspace().join("deep/file").exists());
+    // A little of it again, as a client does that is not sure.
+    request.offset = state.offset - 1000;
+    let written = write(&agent, &request, &bytes[there - 1000..]).unwrap();
+    assert_eq!(written.size, 2_000_000);
+    assert_eq!(written.blake3, Some(*blake3::hash(&bytes).as_bytes()));
+    assert!(fs::read(agent.workspace().join("deep/file")).unwrap() == bytes);
+    assert_eq!(
+        fs::read_dir(agent.workspace().join("deep"))
+            .unwrap()
+            .count(),
+        1
+    );
+    assert_eq!(
+        refusal(&agent, &query("deep/file", 7)).code,
+        ErrorCode::NoSuchUpload
+    );
+}
+
+#[test]
+fn an_upload_that_goes_on_earlier_drops_what_was_kept_beyond() {
+    let agent = Agent::start();
+    let mut request = write_request("file");
+    request.upload = Some(upload_id(9));
+    let mut client = begin(&agent, &request);
+    data(&mut client, &noise(5000));
+    drop(client);
+    request.offset = 100;
+    request.checksum = true;
+    let mut written = None;
+    eventually("the agent lets it go", || {
+        let mut client = agent.connect();
+        client.send(&request);
+        data(&mut client, b"end");
+        client.send(&WriteEnd { blake3: None });
+        if client.frame().unwrap().kind == Kind::WRITE_STARTED {
+            written = message::decode::<FileWritten>(&client.frame().unwrap()).ok();
+        }
+        written.is_some()
+    });
+    let content = fs::read(agent.workspace().join("file")).unwrap();
+    assert!(content == [&noise(5000)[..100], b"end"].concat());
+    let sum = blake3::hash(&content);
+    assert_eq!(written.unwrap().blake3, Some(*sum.as_bytes()));
+}
+
+#[test]
+fn an_upload_cannot_go_on_beyond_what_is_kept_and_can_be_dropped() {
+    let agent = Agent::start();
+    let mut request = write_request("file");
+    request.upload = Some(upload_id(8));
+    request.offset = 10;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::NoSuchUpload);
+    request.offset = 0;
+    let mut client = begin(&agent, &request);
+    data(&mut client, b"12345");
+    drop(client);
+    request.offset = 10;
+    eventually("the agent lets it go", || {
+        refusal(&agent, &request).code == ErrorCode::NoSuchUpload
+    });
+    assert_eq!(names(&agent).len(), 1, "what was kept is still kept");
+    let other = refusal(&agent, &query("elsewhere/file", 8));
+    assert_eq!(other.code, ErrorCode::InvalidArgument);
+    let dropped = DropUpload {
+        path: b"file".to_vec(),
+        upload: upload_id(8),
+    };
+    ask::<_, FileDone>(&agent, &dropped);
+    assert!(names(&agent).is_empty());
+    assert_eq!(refusal(&agent, &dropped).code, ErrorCode::NoSuchUpload);
+    request.upload = None;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn holes_arrive_as_holes() {
+    let agent = Agent::start();
+    let mut request = write_request("sparse");
+    request.checksum = true;
+    let mut client = begin(&agent, &request);
+    data(&mut client, b"begin");
+    client.send(&FileHole { length: 40 << 20 });
+    data(&mut client, b"end");
+    client.send(&FileHole { length: 1 << 20 });
+    let written = end(client).unwrap();
+    let size = 8 + (41 << 20);
+    assert_eq!(written.size, size);
+    let path = agent.workspace().join("sparse");
+    let about = fs::metadata(&path).unwrap();
+    assert_eq!(about.len(), size);
+    assert!(about.blocks() * 512 < 1 << 20, "{} blocks", about.blocks());
+    let content = fs::read(&path).unwrap();
+    assert_eq!(written.blake3, Some(*blake3::hash(&content).as_bytes()));
+    assert_eq!(&content[5 + (40 << 20)..][..3], b"end");
+    for length in [u64::MAX, 1 << 63, i64::MAX as u64] {
+        let mut client = begin(&agent, &write_request("huge"));
+        client.send(&FileHole { length });
+        client.send(&FileHole { length });
+        assert_eq!(client.error().code, ErrorCode::FileTooLarge, "{length}");
+    }
+    assert_eq!(names(&agent), ["sparse"]);
+}
+
+#[test]
+fn a_hole_without_end_is_not_hashed_for_a_client_that_has_gone() {
+    let agent = Agent::start();
+    let mut request = write_request("huge");
+    request.checksum = true;
+    let mut client = begin(&agent, &request);
+    client.send(&FileHole { length: 1 << 43 });
+    drop(client);
+    eventually("nothing is left", || names(&agent).is_empty());
+}
+
+#[test]
+fn a_frame_that_means_nothing_in_a_write_is_refused() {
+    let agent = Agent::start();
+    let mut client = begin(&agent, &write_request("file"));
+    client.send_raw(Kind::STDIN, b"x");
+    assert_eq!(client.error().code, ErrorCode::Unsupported);
+    let mut client = begin(&agent, &write_request("file"));
+    client.send_raw(Kind::WRITE_END, &[9; 9]);
+    assert_eq!(client.error().code, ErrorCode::Malformed);
+    eventually("nothing is left", || names(&agent).is_empty());
+}
+
+#[test]
+fn everything_may_be_sent_without_waiting_for_an_answer() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.send(&write_request("file"));
+    data(&mut client, &noise(400_000));
+    client.send(&WriteEnd { blake3: None });
+    assert_eq!(client.frame().unwrap().kind, Kind::WRITE_STARTED);
+    assert_eq!(client.frame().unwrap().kind, Kind::FILE_WRITTEN);
+    // And so that a refusal is read by a client that sends it all before it reads.
+    let mut client = agent.connect();
+    client.send(&write_request("/dev/null"));
+    data(&mut client, &noise(3_000_000));
+    client.send(&WriteEnd { blake3: None });
+    assert_eq!(client.error().code, ErrorCode::NotARegularFile);
+}
+
+/// A small file system of its own in the agent's mount namespace.
+fn agent_with_small_disk() -> Agent {
+    let agent = Agent::start_unconfigured(&["unshare", "--mount"], None);
+    agent.configure();
+    let mounted = agent.shell(
+        "mkdir small && mount -t tmpfs -o size=1m tmpfs small && \
+         mkdir sealed && mount -t tmpfs -o size=1m tmpfs sealed && echo 1 > sealed/file && \
+         mount -o remount,ro sealed && echo done",
+    );
+    assert_eq!(mounted.text(), "done\n", "{mounted:?}");
+    agent
+}
+
+#[test]
+fn a_full_disk_is_said_at_once_and_the_old_file_stays() {
+    let agent = agent_with_small_disk();
+    write(&agent, &write_request("small/file"), b"old").unwrap();
+    let mut client = begin(&agent, &write_request("small/file"));
+    // Sends on and on: the refusal does not wait for the end.
+    let mut writer = common::Client::new(client.socket.try_clone().unwrap());
+    let sender = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        protocol::frame::append(&mut bytes, Kind::FILE_DATA, &[1; 65_536]).unwrap();
+        while writer.socket.write_all(&bytes).is_ok() {}
+    });
+    let error = client.error();
+    drop(client);
+    assert_eq!(error.code, ErrorCode::NoSpace);
+    assert!(error.detail.starts_with("ENOSPC\n"), "{}", error.detail);
+    assert!(error.message.contains("small/file"), "{}", error.message);
+    sender.join().unwrap();
+    assert_eq!(agent.shell("cat small/file").text(), "old");
+    assert_eq!(
+        agent.shell("ls -A small").text(),
+        "file\n",
+        "the partial is gone"
+    );
+    // A resumable one stays, to go on when there is room.
+    let mut request = write_request("small/file");
+    request.upload = Some(upload_id(3));
+    let mut client = begin(&agent, &request);
+    for _ in 0..64 {
+        let mut bytes = Vec::new();
+        protocol::frame::append(&mut bytes, Kind::FILE_DATA, &[1; 65_536]).unwrap();
+        if client.socket.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    assert_eq!(client.error().code, ErrorCode::NoSpace);
+    drop(client);
+    eventually("it can be asked for", || {
+        let mut client = agent.connect();
+        client.send(&query("small/file", 3));
+        message::decode::<UploadState>(&client.frame().unwrap())
+            .is_ok_and(|state| state.offset > 500_000)
+    });
+}
+
+#[test]
+fn a_read_only_disk_is_told_from_a_missing_right() {
+    let agent = agent_with_small_disk();
+    let error = refusal(&agent, &write_request("sealed/file"));
+    assert_eq!(error.code, ErrorCode::ReadOnly);
+    assert!(error.detail.starts_with("EROFS\n"), "{}", error.detail);
+    assert_eq!(read(&agent, &read_request("sealed/file")).bytes, b"1\n");
+    let error = refusal(&agent, &write_request("/proc/new"));
+    assert!(
+        [ErrorCode::PermissionDenied, ErrorCode::NoSuchFile].contains(&error.code),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn half_a_gibibyte_goes_both_ways_in_constant_memory() {
+    let agent = Agent::start();
+    let piece = noise(64 << 10);
+    let mut client = begin(&agent, &write_request("big"));
+    let mut frame = Vec::new();
+    protocol::frame::append(&mut frame, Kind::FILE_DATA, &piece).unwrap();
+    for _ in 0..8192 {
+        client.socket.write_all(&frame).unwrap();
+    }
+    assert_eq!(end(client).unwrap().size, 512 << 20);
+    let mut client = agent.connect();
+    client.send(&read_request("big"));
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    let mut seen = 0;
+    loop {
+        let frame = client.frame().unwrap();
+        if frame.kind != Kind::FILE_DATA {
+            assert_eq!(frame.kind, Kind::READ_ENDED);
+            break;
+        }
+        seen += frame.body.len();
+    }
+    assert_eq!(seen, 512 << 20);
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 16 << 10, "{peak} KiB");
+}
+
+#[test]
+fn a_command_and_a_transfer_share_nothing_but_the_agent() {
+    let agent = Agent::start();
+    let mut half = begin(&agent, &write_request("file"));
+    data(&mut half, b"half");
+    assert_eq!(agent.run(&shell("echo on")).text(), "on\n");
+    let mut file = File::create(agent.workspace().join("other")).unwrap();
+    file.seek(SeekFrom::Start(10)).unwrap();
+    file.write_all(b"x").unwrap();
+    assert_eq!(read(&agent, &read_request("other")).bytes.len(), 11);
+    assert_eq!(end(half).unwrap().size, 4);
+}
