@@ -2,6 +2,7 @@
 //! it; nothing waits for the peer after that.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use protocol::frame::MAX_DATA;
 use protocol::id::ProcessId;
@@ -26,6 +27,9 @@ pub struct Command {
     cwd: Vec<u8>,
     env: Vec<(Vec<u8>, Option<Vec<u8>>)>,
     stdin: StdinMode,
+    user: Vec<u8>,
+    deadline_ms: Option<u64>,
+    memory_bytes: Option<u64>,
 }
 
 impl Command {
@@ -49,6 +53,9 @@ impl Command {
             cwd: Vec::new(),
             env: Vec::new(),
             stdin: StdinMode::Null,
+            user: Vec::new(),
+            deadline_ms: None,
+            memory_bytes: None,
         }
     }
 
@@ -80,6 +87,27 @@ impl Command {
         self
     }
 
+    /// Runs it as a user of the VM, by name or number; without this as root.
+    #[must_use]
+    pub fn user(mut self, user: impl Into<Vec<u8>>) -> Self {
+        self.user = user.into();
+        self
+    }
+
+    /// Ends it after so long, first with SIGTERM; without this it may take for ever.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline_ms = Some(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// How many bytes of memory it and what it starts may use together.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory_bytes = Some(bytes);
+        self
+    }
+
     pub(crate) fn into_request(self) -> Result<StartProcess, ClientError> {
         let mut id = [0; 16];
         getrandom::fill(&mut id).map_err(ClientError::Random)?;
@@ -91,9 +119,9 @@ impl Command {
             env: self.env,
             stdin: self.stdin,
             output: OutputMode::Follow,
-            user: Vec::new(),
-            deadline_ms: None,
-            memory_bytes: None,
+            user: self.user,
+            deadline_ms: self.deadline_ms,
+            memory_bytes: self.memory_bytes,
             terminal: None,
         })
     }
