@@ -10,6 +10,9 @@ mod unpack;
 pub(super) use pack::serve as pack;
 pub(super) use unpack::serve as unpack;
 
+#[cfg(fuzzing)]
+pub(crate) use unpack::fuzz;
+
 /// Bytes that everything in an archive is rounded up to.
 const BLOCK: usize = 512;
 /// Levels of directories in one archive.

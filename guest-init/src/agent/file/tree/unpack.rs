@@ -841,6 +841,28 @@ impl Tree {
     }
 }
 
+/// Unpacks anything, cut anywhere, into an empty directory `inside`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(inside: &std::path::Path, cut: usize, bytes: &[u8]) -> Result<(), ErrorBody> {
+    make_directories(inside, Mode::from_bits_truncate(0o755))?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(inside, flags, Mode::empty())
+        .map_err(|errno| refused("unpack into", inside, errno))?;
+    let mut unpack = Unpack::new(Tree {
+        root,
+        path: inside.to_path_buf(),
+        owners: false,
+        special: false,
+        directories: Vec::new(),
+    });
+    let unpacked = bytes
+        .chunks(cut.max(1))
+        .try_for_each(|piece| unpack.push(piece))
+        .and_then(|()| unpack.finish().map(drop));
+    crate::agent::file::remove::remove(inside, true)?;
+    unpacked
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
