@@ -2,6 +2,7 @@
 //! years reads and writes them. Streams both ways through buffers of fixed size. An archive may
 //! come from anybody: nothing in it leads outside the tree, and no length in it is memory.
 
+mod grow;
 mod header;
 mod pack;
 mod pax;
