@@ -35,6 +35,10 @@ fi
 # cargo-fuzz is found as a subcommand; the corpus and the build stay out of the checkout.
 export PATH=$(dirname "$tool"):$PATH
 target=$(cargo metadata --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/fuzz
+# What targets leave behind when they are ended goes with this.
+TMPDIR=$(mktemp -d /dev/shm/supvm-fuzz.XXXXXX)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 mapfile -t targets < <(cargo fuzz list)
 each=$((seconds / ${#targets[@]}))
 [ "$each" -gt 0 ] || each=1

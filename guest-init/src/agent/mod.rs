@@ -29,6 +29,8 @@ mod power;
 mod process;
 mod stream;
 
+#[cfg(fuzzing)]
+pub(crate) use file::fuzz_archive;
 pub(crate) use listen::{UnixOptions, serve_unix, serve_vsock};
 pub(crate) use power::power_off;
 

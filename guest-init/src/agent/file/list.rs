@@ -41,41 +41,18 @@ pub(crate) fn page(
     // Each page costs a reading of the whole directory, so they are as large as can be.
     let budget = Budget::take();
     let max_page = budget.choose(MAX_PAGE, SMALL_PAGE);
-    let mut names: BTreeSet<OsString> = BTreeSet::new();
-    let mut bytes: usize = 0;
-    let mut more = false;
+    let mut selection = Selection::new(limit, max_page);
     while let Some(entry) = entries.next().map_err(failed)? {
-        if entry.name.as_bytes() <= after.as_bytes() {
-            continue;
-        }
-        let full = names.len() >= limit || bytes >= max_page;
-        if full
-            && names
-                .last()
-                .is_some_and(|last| entry.name > last.as_os_str())
-        {
-            more = true;
-            continue;
-        }
-        if names.insert(entry.name.to_owned()) {
-            bytes = bytes.saturating_add(entry.name.len()).saturating_add(ENTRY);
-        }
-        if names.len() > limit || bytes > max_page {
-            more = true;
-            if let Some(last) = names.pop_last() {
-                bytes = bytes.saturating_sub(last.len().saturating_add(ENTRY));
-            }
+        if entry.name.as_bytes() > after.as_bytes() {
+            selection.offer(entry.name);
         }
     }
     let mut page = DirectoryPage {
         entries: Vec::new(),
-        next: None,
+        next: selection.next(),
     };
-    if more {
-        page.next = names.last().map(|last| last.as_bytes().to_vec());
-    }
     let mut size: usize = 0;
-    for name in names {
+    for name in selection.names {
         if size >= max_page {
             page.next = page.entries.last().map(|last| last.name.clone());
             break;
@@ -102,4 +79,92 @@ pub(crate) fn page(
         });
     }
     Ok(page)
+}
+
+/// The smallest names of those that were offered, as many as fit on a page.
+struct Selection {
+    names: BTreeSet<OsString>,
+    bytes: usize,
+    limit: usize,
+    max_page: usize,
+    /// The smallest name that there was no room for: from it on, all belong to later pages.
+    ceiling: Option<OsString>,
+}
+
+impl Selection {
+    fn new(limit: usize, max_page: usize) -> Self {
+        Self {
+            names: BTreeSet::new(),
+            bytes: 0,
+            limit,
+            max_page,
+            ceiling: None,
+        }
+    }
+
+    fn offer(&mut self, name: &OsStr) {
+        if self.ceiling.as_ref().is_some_and(|first| name >= first) {
+            return;
+        }
+        if self.names.insert(name.to_owned()) {
+            self.bytes = self.bytes.saturating_add(name.len()).saturating_add(ENTRY);
+        }
+        while self.names.len() > self.limit || self.bytes > self.max_page {
+            let Some(last) = self.names.pop_last() else {
+                break;
+            };
+            let bytes = last.len().saturating_add(ENTRY);
+            self.bytes = self.bytes.saturating_sub(bytes);
+            self.ceiling = Some(last);
+        }
+    }
+
+    /// After which name the next page begins, if there is one.
+    fn next(&self) -> Option<Vec<u8>> {
+        self.ceiling.as_ref()?;
+        self.names.last().map(|last| last.as_bytes().to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_short_name_does_not_take_the_place_of_a_smaller_one_that_did_not_fit() {
+        let mut selection = Selection::new(usize::MAX, 2 * ENTRY + 9);
+        for name in ["a", "ccccccccc", "d"] {
+            selection.offer(OsStr::new(name));
+        }
+        assert_eq!(selection.next().as_deref(), Some(&b"a"[..]));
+        assert_eq!(selection.names.len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn pages_together_have_every_name_once_in_whatever_order_they_are_read(
+            names in prop::collection::hash_set("[a-d]{1,40}", 0..60),
+            room in 200_usize..900,
+            limit in 1_usize..20,
+        ) {
+            let mut seen: Vec<Vec<u8>> = Vec::new();
+            let mut after = Vec::new();
+            loop {
+                let mut selection = Selection::new(limit, room);
+                for name in names.iter().filter(|name| name.as_bytes() > &after[..]) {
+                    selection.offer(OsStr::new(name));
+                }
+                seen.extend(selection.names.iter().map(|name| name.as_bytes().to_vec()));
+                match selection.next() {
+                    Some(next) => after = next,
+                    None => break,
+                }
+            }
+            let mut all: Vec<_> = names.iter().map(|name| name.as_bytes().to_vec()).collect();
+            all.sort();
+            prop_assert_eq!(seen, all);
+        }
+    }
 }

@@ -20,6 +20,8 @@ mod watch;
 mod write;
 
 pub(crate) use entries::Entries;
+#[cfg(fuzzing)]
+pub(crate) use tree::fuzz as fuzz_archive;
 pub(crate) use upload::Uploads;
 
 use std::path::Path;

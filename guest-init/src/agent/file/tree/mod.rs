@@ -2,6 +2,7 @@
 //! years reads and writes them. Streams both ways through buffers of fixed size. An archive may
 //! come from anybody: nothing in it leads outside the tree, and no length in it is memory.
 
+mod grow;
 mod header;
 mod pack;
 mod pax;
@@ -9,6 +10,9 @@ mod unpack;
 
 pub(super) use pack::serve as pack;
 pub(super) use unpack::serve as unpack;
+
+#[cfg(fuzzing)]
+pub(crate) use unpack::fuzz;
 
 /// Bytes that everything in an archive is rounded up to.
 const BLOCK: usize = 512;
