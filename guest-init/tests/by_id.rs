@@ -392,6 +392,24 @@ fn what_does_not_hear_is_killed_after_the_grace_and_so_is_what_it_started() {
 }
 
 #[test]
+fn a_follower_that_does_not_read_cannot_hold_up_the_end() {
+    let agent = Agent::start();
+    let request = shell("yes | cat");
+    let mut stuck = agent.connect();
+    stuck.send(&request);
+    stuck.started();
+    eventually("it is held back", || {
+        let before = agent.look(request.id).unwrap().bytes;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        before > 0 && agent.look(request.id).unwrap().bytes == before
+    });
+    let info = kill(&agent, request.id, None).unwrap();
+    assert_eq!(info.ended.unwrap().end, ProcessEnd::Killed);
+    // And nothing that was read before is lost to it.
+    assert_eq!(stuck.output().stdout.len() as u64, info.bytes);
+}
+
+#[test]
 fn a_deadline_is_told_as_one_and_not_as_an_exit() {
     let agent = Agent::start();
     let mut request = shell("echo begun; sleep 600");

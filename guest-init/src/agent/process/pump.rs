@@ -2,8 +2,8 @@
 //! thread that started the process runs this until the end, whoever reads, and serves the client
 //! that asked for the start beside it, so that nothing is handed over between threads on that way.
 //!
-//! When the main process has ended, what was in its pipes at that moment is always taken in. After
-//! that it goes on while somebody still writes: until both pipes are closed, or nothing came for
+//! When the main process has ended, what was in its pipes at that moment is always taken in, whether
+//! there is room or not: no reader can hold up the end. After that it goes on while somebody still writes: until both pipes are closed, or nothing came for
 //! [`QUIET`], or [`LINGER`] has passed.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -147,9 +147,10 @@ impl Pump {
 
     /// What to wait for before the next [`step`](Self::step).
     pub(crate) fn interests(&mut self) -> [Interest; 4] {
+        let owes = self.stdout.owed > 0 || self.stderr.owed > 0;
         let by_log = {
             let mut output = lock(&self.process.output);
-            self.listening = output.room() > 0;
+            self.listening = owes || output.room() > 0;
             output.pump_held = !self.listening;
             !self.listening && output.is_held_by_log()
         };
@@ -174,9 +175,13 @@ impl Pump {
     /// When to step even if nothing happens.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let limits = self.exit.as_ref().and_then(|exit| exit.limits.as_ref());
-        let output = limits
-            .filter(|_| self.listening)
-            .map(|limits| limits.quiet.min(limits.last));
+        let output = limits.map(|limits| {
+            if self.listening {
+                limits.quiet.min(limits.last)
+            } else {
+                limits.last
+            }
+        });
         let limit = self.limit.as_ref().map(|limit| limit.at);
         let stall = self.stalled.and_then(|since| since.checked_add(STALL));
         [output, limit, stall].into_iter().flatten().min()
@@ -241,14 +246,14 @@ impl Pump {
     /// Moves one chunk from a pipe to the window. Says whether there was one; nothing when there is
     /// no room.
     fn take_in(&mut self, source: Source) -> Option<bool> {
-        let room = lock(&self.process.output).room();
-        if room == 0 {
-            return None;
-        }
         let pipe = match source {
             Source::Stdout => &mut self.stdout,
             Source::Stderr => &mut self.stderr,
         };
+        let room = lock(&self.process.output).room().max(pipe.owed);
+        if room == 0 {
+            return None;
+        }
         let most = usize::try_from(room).unwrap_or(MAX_DATA).min(MAX_DATA);
         let data = self.scratch.get_mut(..most).unwrap_or_default();
         let count = pipe.read(data);
