@@ -304,6 +304,28 @@ fn input_is_written_and_closed_by_id_and_stays_open_in_between() {
 }
 
 #[test]
+fn input_that_was_closed_ends_although_others_could_write_too() {
+    let agent = Agent::start();
+    let mut request = argv(&["cat"]);
+    request.stdin = StdinMode::Pipe;
+    let mut starter = agent.connect();
+    starter.send(&request);
+    starter.started();
+    let mut other = agent.connect();
+    other.send(&AttachProcess {
+        id: request.id,
+        from: AttachFrom::Oldest,
+        value: 0,
+        follow: true,
+    });
+    let mut writer = agent.connect();
+    writer.send(&WriteStdin { id: request.id });
+    write_stdin(&agent, request.id, b"all\n", true).unwrap();
+    assert_eq!(starter.output().text(), "all\n");
+    assert_eq!(other.replay().merged, b"all\n");
+}
+
+#[test]
 fn input_after_the_end_is_refused_and_closing_twice_is_quiet() {
     let agent = Agent::start();
     let mut request = shell("cat > /dev/null; sleep 0.3");

@@ -18,6 +18,7 @@ use protocol::process::{ProcessEnd, ProcessEnded};
 use super::ending::{self, Cause};
 use super::life::{Body, Process};
 use super::output::{Source, as_u64, give_buffer, take_buffer};
+use super::registry::Gone;
 use crate::agent::poll::Interest;
 use crate::agent::{Agent, lock};
 use crate::log;
@@ -52,6 +53,8 @@ pub(crate) struct Pump {
     is_traced: bool,
     is_over: bool,
     concluded: bool,
+    /// The process that is forgotten for this one.
+    forgotten: Option<Gone>,
 }
 
 /// One of the process's output pipes.
@@ -137,6 +140,7 @@ impl Pump {
             is_traced: false,
             is_over: false,
             concluded: false,
+            forgotten: None,
         }
     }
 
@@ -354,7 +358,7 @@ impl Pump {
         self.concluded = true;
         self.process.set_ended(ended);
         self.process.stdin.close();
-        self.agent.registry.retire(&self.process);
+        self.forgotten = self.agent.registry.retire(&self.process);
         if lock(&self.process.output).head() > 0 {
             self.agent.registry.logs.note(&self.process);
         }
@@ -368,6 +372,9 @@ impl Pump {
             }
         }
         drop(self.process.bury());
+        if let Some(gone) = self.forgotten.take() {
+            gone.remove_log(&self.agent.registry.logs);
+        }
     }
 }
 
