@@ -4,7 +4,7 @@
 use client::{ClientError, Command};
 use protocol::frame::{Header, MAX_BODY};
 use protocol::id::ProcessId;
-use protocol::process::{CommandMode, ProcessEnd, StartProcess, StdinMode};
+use protocol::process::{CommandMode, OutputMode, ProcessEnd, StartProcess, StdinMode};
 use protocol::vm::{GetVm, OpenVm, VmInfo, VmRef};
 use protocol::{ErrorCode, Kind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -281,6 +281,11 @@ pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
         cwd: Vec::new(),
         env: Vec::new(),
         stdin: StdinMode::Null,
+        output: OutputMode::Follow,
+        user: Vec::new(),
+        deadline_ms: None,
+        memory_bytes: None,
+        terminal: None,
     };
     into_vm.send(&start).await?;
     loop {

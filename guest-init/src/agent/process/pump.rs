@@ -303,7 +303,7 @@ impl Pump {
                 "event=process_log_slow id={}",
                 self.process.id
             ));
-            lock(&self.process.output).log_answered(None);
+            lock(&self.process.output).log_failed();
             self.stalled = None;
         }
         let Some(limit) = self.limit.as_mut().filter(|limit| now >= limit.at) else {
