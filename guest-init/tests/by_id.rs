@@ -116,6 +116,34 @@ fn the_log_is_bounded_the_oldest_goes_first_and_the_loss_is_counted() {
 }
 
 #[test]
+fn all_logs_together_are_bounded_and_the_one_that_ended_first_goes_first() {
+    let agent = Agent::start();
+    let ids: Vec<_> = (0..9)
+        .map(|_| {
+            let id = agent.start_log(&shell("head -c 66000000 /dev/zero"));
+            agent.wait(id);
+            id
+        })
+        .collect();
+    eventually("the first is forgotten", || {
+        agent
+            .look(ids[0])
+            .is_err_and(|error| error.code == ErrorCode::NoSuchProcess)
+    });
+    let size = || {
+        let logs = agent.directory.path().join("logs");
+        let files = std::fs::read_dir(logs).unwrap().flatten();
+        files
+            .filter_map(|file| Some(file.metadata().ok()?.len()))
+            .sum::<u64>()
+    };
+    eventually("they are within the bound", || size() <= 512 << 20);
+    assert!(size() > 400 << 20, "{}", size());
+    let last = agent.replay(ids[8], AttachFrom::Oldest, 0, true);
+    assert_eq!(last.merged.len(), 66_000_000);
+}
+
+#[test]
 fn a_log_start_is_held_back_by_no_reader() {
     let agent = Agent::start();
     let id = agent.start_log(&shell("sleep 0.2; head -c 20000000 /dev/zero"));
