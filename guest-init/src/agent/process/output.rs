@@ -26,7 +26,7 @@ const PLENTY: usize = 2 << 20;
 const WHOLE: usize = 48 << 10;
 
 /// Buffers that wait for their next use; memory that goes back to the system comes back slowly.
-const SPARE: usize = 32;
+const SPARE: usize = 16;
 
 /// Bytes in the windows of all processes.
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
