@@ -116,6 +116,34 @@ fn the_log_is_bounded_the_oldest_goes_first_and_the_loss_is_counted() {
 }
 
 #[test]
+fn all_logs_together_are_bounded_and_the_one_that_ended_first_goes_first() {
+    let agent = Agent::start();
+    let ids: Vec<_> = (0..9)
+        .map(|_| {
+            let id = agent.start_log(&shell("head -c 66000000 /dev/zero"));
+            agent.wait(id);
+            id
+        })
+        .collect();
+    eventually("the first is forgotten", || {
+        agent
+            .look(ids[0])
+            .is_err_and(|error| error.code == ErrorCode::NoSuchProcess)
+    });
+    let size = || {
+        let logs = agent.directory.path().join("logs");
+        let files = std::fs::read_dir(logs).unwrap().flatten();
+        files
+            .filter_map(|file| Some(file.metadata().ok()?.len()))
+            .sum::<u64>()
+    };
+    eventually("they are within the bound", || size() <= 512 << 20);
+    assert!(size() > 400 << 20, "{}", size());
+    let last = agent.replay(ids[8], AttachFrom::Oldest, 0, true);
+    assert_eq!(last.merged.len(), 66_000_000);
+}
+
+#[test]
 fn a_log_start_is_held_back_by_no_reader() {
     let agent = Agent::start();
     let id = agent.start_log(&shell("sleep 0.2; head -c 20000000 /dev/zero"));
@@ -304,6 +332,28 @@ fn input_is_written_and_closed_by_id_and_stays_open_in_between() {
 }
 
 #[test]
+fn input_that_was_closed_ends_although_others_could_write_too() {
+    let agent = Agent::start();
+    let mut request = argv(&["cat"]);
+    request.stdin = StdinMode::Pipe;
+    let mut starter = agent.connect();
+    starter.send(&request);
+    starter.started();
+    let mut other = agent.connect();
+    other.send(&AttachProcess {
+        id: request.id,
+        from: AttachFrom::Oldest,
+        value: 0,
+        follow: true,
+    });
+    let mut writer = agent.connect();
+    writer.send(&WriteStdin { id: request.id });
+    write_stdin(&agent, request.id, b"all\n", true).unwrap();
+    assert_eq!(starter.output().text(), "all\n");
+    assert_eq!(other.replay().merged, b"all\n");
+}
+
+#[test]
 fn input_after_the_end_is_refused_and_closing_twice_is_quiet() {
     let agent = Agent::start();
     let mut request = shell("cat > /dev/null; sleep 0.3");
@@ -389,6 +439,24 @@ fn what_does_not_hear_is_killed_after_the_grace_and_so_is_what_it_started() {
             !std::path::Path::new(&child).exists()
         });
     }
+}
+
+#[test]
+fn a_follower_that_does_not_read_cannot_hold_up_the_end() {
+    let agent = Agent::start();
+    let request = shell("yes | cat");
+    let mut stuck = agent.connect();
+    stuck.send(&request);
+    stuck.started();
+    eventually("it is held back", || {
+        let before = agent.look(request.id).unwrap().bytes;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        before > 0 && agent.look(request.id).unwrap().bytes == before
+    });
+    let info = kill(&agent, request.id, None).unwrap();
+    assert_eq!(info.ended.unwrap().end, ProcessEnd::Killed);
+    // And nothing that was read before is lost to it.
+    assert_eq!(stuck.output().stdout.len() as u64, info.bytes);
 }
 
 #[test]

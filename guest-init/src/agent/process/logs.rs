@@ -22,6 +22,8 @@ pub(crate) const MAX_LOGS: u64 = 512 << 20;
 const LATER: Duration = Duration::from_secs(1);
 /// Unwritten output that is written at once.
 const MUCH: u64 = 384 << 10;
+/// Writes for one process before others have their turn.
+const ROUNDS: u32 = 4;
 /// Pieces of one write.
 const BATCH: usize = 64;
 
@@ -182,7 +184,8 @@ impl Logs {
     fn write(&self, directory: &Path, process: &Arc<Process>) {
         // Held throughout: a log that is being removed is removed after this.
         let mut segments = lock(&process.segments);
-        loop {
+        let mut works = true;
+        for _ in 0..ROUNDS {
             let (start, pieces) = lock(&process.output).for_log(BATCH);
             if pieces.is_empty() {
                 break;
@@ -205,16 +208,12 @@ impl Logs {
             self.total.fetch_add(grown, Ordering::Relaxed);
             let length: u64 = pieces.iter().map(super::output::Piece::len).sum();
             drop(pieces);
-            let answer = match written {
-                Ok(()) => Some(start.saturating_add(length)),
-                Err(error) => {
-                    log::warn(format_args!(
-                        "event=process_log_failed id={} error=\"{error}\"",
-                        process.id
-                    ));
-                    None
-                }
-            };
+            if let Err(error) = &written {
+                log::warn(format_args!(
+                    "event=process_log_failed id={} error=\"{error}\"",
+                    process.id
+                ));
+            }
             let mut dropped: u64 = 0;
             while segments.bytes() > MAX_LOG {
                 let Some((bytes, size)) = segments.drop_oldest() else {
@@ -225,12 +224,22 @@ impl Logs {
             }
             let mut output = lock(&process.output);
             output.dropped = output.dropped.saturating_add(dropped);
-            output.log_answered(answer);
+            works = written.is_ok();
+            if works {
+                output.log_written(start, start.saturating_add(length));
+            } else {
+                output.log_failed();
+            }
             drop(output);
             process.wake_pump_if_held();
-            if answer.is_none() {
+            if !works {
                 break;
             }
+        }
+        if works && lock(&process.output).unlogged() > 0 {
+            // It writes faster than the disk; others have their turn.
+            self.note(process);
+            return;
         }
         let ended = lock(&process.output).has_ended();
         if ended && let Err(error) = segments.finish(&process.info()) {

@@ -148,8 +148,12 @@ fn run(
         Err(NotStarted::Failed(error)) => {
             let ended = ending::not_started(&command, error);
             process.set_ended(ended.clone());
-            agent.registry.retire(&process);
-            return stream.finish(&ended);
+            let forgotten = agent.registry.retire(&process);
+            let told = stream.finish(&ended);
+            if let Some(gone) = forgotten {
+                gone.remove_log(&agent.registry.logs);
+            }
+            return told;
         }
     };
     let client = if command.follows {

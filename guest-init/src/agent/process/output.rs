@@ -26,7 +26,7 @@ const PLENTY: usize = 2 << 20;
 const WHOLE: usize = 48 << 10;
 
 /// Buffers that wait for their next use; memory that goes back to the system comes back slowly.
-const SPARE: usize = 32;
+const SPARE: usize = 16;
 
 /// Bytes in the windows of all processes.
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
@@ -410,15 +410,19 @@ impl Output {
         (self.logged, pieces)
     }
 
-    /// The log has everything up to `offset`, or has not been able to take it.
-    pub(crate) fn log_answered(&mut self, up_to: Option<u64>) {
-        match up_to {
-            Some(offset) => {
-                self.logged = self.logged.max(offset);
-                self.log_works = true;
-            }
-            None => self.log_works = false,
-        }
+    /// The log has what lies between the two offsets.
+    pub(crate) fn log_written(&mut self, start: u64, end: u64) {
+        // Some of it may have been given up while it was being written.
+        let given_up = self.logged.min(end).saturating_sub(start);
+        self.dropped = self.dropped.saturating_sub(given_up);
+        self.logged = self.logged.max(end);
+        self.log_works = true;
+        self.evict();
+    }
+
+    /// The log has not been able to take anything.
+    pub(crate) fn log_failed(&mut self) {
+        self.log_works = false;
         self.evict();
     }
 
@@ -519,9 +523,23 @@ mod tests {
         let (from, pieces) = output.for_log(10);
         assert_eq!((from, pieces[0].bytes()), (0, &b"abc"[..]));
         drop(pieces);
-        output.log_answered(Some(3));
+        output.log_written(0, 3);
         assert!(matches!(output.find(0), Found::NotInMemory { until: 3 }));
         assert_eq!((output.unlogged(), output.dropped), (0, 0));
+    }
+
+    #[test]
+    fn what_a_slow_log_takes_after_all_is_not_lost() {
+        let mut output = Output::new(false, true);
+        for _ in 0..4 {
+            put(&mut output, &[1; MAX_DATA]);
+        }
+        let (start, pieces) = output.for_log(10);
+        let end = start + pieces.iter().map(Piece::len).sum::<u64>();
+        output.log_failed();
+        assert!(output.dropped > 0);
+        output.log_written(start, end);
+        assert_eq!(output.dropped, 0);
     }
 
     #[test]

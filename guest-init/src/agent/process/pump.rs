@@ -2,8 +2,8 @@
 //! thread that started the process runs this until the end, whoever reads, and serves the client
 //! that asked for the start beside it, so that nothing is handed over between threads on that way.
 //!
-//! When the main process has ended, what was in its pipes at that moment is always taken in. After
-//! that it goes on while somebody still writes: until both pipes are closed, or nothing came for
+//! When the main process has ended, what was in its pipes at that moment is always taken in, whether
+//! there is room or not: no reader can hold up the end. After that it goes on while somebody still writes: until both pipes are closed, or nothing came for
 //! [`QUIET`], or [`LINGER`] has passed.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,6 +18,7 @@ use protocol::process::{ProcessEnd, ProcessEnded};
 use super::ending::{self, Cause};
 use super::life::{Body, Process};
 use super::output::{Source, as_u64, give_buffer, take_buffer};
+use super::registry::Gone;
 use crate::agent::poll::Interest;
 use crate::agent::{Agent, lock};
 use crate::log;
@@ -52,6 +53,8 @@ pub(crate) struct Pump {
     is_traced: bool,
     is_over: bool,
     concluded: bool,
+    /// The process that is forgotten for this one.
+    forgotten: Option<Gone>,
 }
 
 /// One of the process's output pipes.
@@ -137,6 +140,7 @@ impl Pump {
             is_traced: false,
             is_over: false,
             concluded: false,
+            forgotten: None,
         }
     }
 
@@ -147,9 +151,10 @@ impl Pump {
 
     /// What to wait for before the next [`step`](Self::step).
     pub(crate) fn interests(&mut self) -> [Interest; 4] {
+        let owes = self.stdout.owed > 0 || self.stderr.owed > 0;
         let by_log = {
             let mut output = lock(&self.process.output);
-            self.listening = output.room() > 0;
+            self.listening = owes || output.room() > 0;
             output.pump_held = !self.listening;
             !self.listening && output.is_held_by_log()
         };
@@ -174,9 +179,13 @@ impl Pump {
     /// When to step even if nothing happens.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let limits = self.exit.as_ref().and_then(|exit| exit.limits.as_ref());
-        let output = limits
-            .filter(|_| self.listening)
-            .map(|limits| limits.quiet.min(limits.last));
+        let output = limits.map(|limits| {
+            if self.listening {
+                limits.quiet.min(limits.last)
+            } else {
+                limits.last
+            }
+        });
         let limit = self.limit.as_ref().map(|limit| limit.at);
         let stall = self.stalled.and_then(|since| since.checked_add(STALL));
         [output, limit, stall].into_iter().flatten().min()
@@ -241,14 +250,14 @@ impl Pump {
     /// Moves one chunk from a pipe to the window. Says whether there was one; nothing when there is
     /// no room.
     fn take_in(&mut self, source: Source) -> Option<bool> {
-        let room = lock(&self.process.output).room();
-        if room == 0 {
-            return None;
-        }
         let pipe = match source {
             Source::Stdout => &mut self.stdout,
             Source::Stderr => &mut self.stderr,
         };
+        let room = lock(&self.process.output).room().max(pipe.owed);
+        if room == 0 {
+            return None;
+        }
         let most = usize::try_from(room).unwrap_or(MAX_DATA).min(MAX_DATA);
         let data = self.scratch.get_mut(..most).unwrap_or_default();
         let count = pipe.read(data);
@@ -294,7 +303,7 @@ impl Pump {
                 "event=process_log_slow id={}",
                 self.process.id
             ));
-            lock(&self.process.output).log_answered(None);
+            lock(&self.process.output).log_failed();
             self.stalled = None;
         }
         let Some(limit) = self.limit.as_mut().filter(|limit| now >= limit.at) else {
@@ -349,7 +358,7 @@ impl Pump {
         self.concluded = true;
         self.process.set_ended(ended);
         self.process.stdin.close();
-        self.agent.registry.retire(&self.process);
+        self.forgotten = self.agent.registry.retire(&self.process);
         if lock(&self.process.output).head() > 0 {
             self.agent.registry.logs.note(&self.process);
         }
@@ -363,6 +372,9 @@ impl Pump {
             }
         }
         drop(self.process.bury());
+        if let Some(gone) = self.forgotten.take() {
+            gone.remove_log(&self.agent.registry.logs);
+        }
     }
 }
 

@@ -13,6 +13,9 @@ use crate::agent::lock;
 use crate::agent::stream::{Stream, StreamError};
 use crate::log;
 
+/// Pieces that are sent before the client is listened to again.
+const TURN: u32 = 32;
+
 /// See the module.
 pub(crate) struct Reader {
     process: Arc<Process>,
@@ -37,6 +40,8 @@ enum Next {
 pub(crate) enum Progress {
     /// The stream takes no more now.
     Full,
+    /// There is more; it is the turn of others.
+    More,
     /// The process has said no more yet.
     Waiting,
     /// Everything was sent that is to be sent.
@@ -76,7 +81,11 @@ impl Reader {
 
     /// Sends what there is as long as the stream takes it.
     pub(crate) fn pull(&mut self, stream: &mut Stream) -> Result<Progress, StreamError> {
+        let mut pieces = 0..TURN;
         while stream.pending() == 0 {
+            if pieces.next().is_none() {
+                return Ok(Progress::More);
+            }
             match self.next() {
                 Next::Piece(piece) => {
                     self.at = self.at.saturating_add(piece.len());

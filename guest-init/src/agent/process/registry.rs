@@ -137,17 +137,16 @@ impl Registry {
         }
     }
 
-    /// The process has ended: from now on it may be forgotten.
-    pub(crate) fn retire(&self, process: &Process) {
+    /// The process has ended: from now on it may be forgotten. Gives the one that is forgotten for
+    /// it, whose log is to be [removed](Gone::remove_log) when nobody waits.
+    pub(crate) fn retire(&self, process: &Process) -> Option<Gone> {
         let mut state = lock(&self.state);
         state.ended.push_back(process.id);
-        if state.ended.len() > MAX_ENDED
-            && let Some(oldest) = state.ended.pop_front()
-        {
-            let gone = self.take(&mut state, oldest);
-            drop(state);
-            gone.remove_log(&self.logs);
+        if state.ended.len() <= MAX_ENDED {
+            return None;
         }
+        let oldest = state.ended.pop_front()?;
+        Some(self.take(&mut state, oldest))
     }
 
     /// Forgets a process whose start was refused.
@@ -234,14 +233,14 @@ impl Registry {
 }
 
 /// A process that nobody can find any more.
-struct Gone {
+pub(crate) struct Gone {
     process: Option<Arc<Process>>,
     files: Vec<(PathBuf, u64)>,
 }
 
 impl Gone {
     /// Outside of the registry's lock: it waits for the disk.
-    fn remove_log(self, logs: &Logs) {
+    pub(crate) fn remove_log(self, logs: &Logs) {
         if let Some(process) = self.process {
             while logs.drop_oldest(&process) {}
         }

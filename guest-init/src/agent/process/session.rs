@@ -73,7 +73,8 @@ impl Client {
         let watcher = Watcher::new().map_err(StreamError::Gone)?;
         self.reader.watch(&watcher);
         loop {
-            if self.work()? == Progress::Done {
+            let progress = self.work()?;
+            if progress == Progress::Done {
                 return self.finish();
             }
             let descriptor = self.typing.descriptor(&self.process);
@@ -82,7 +83,7 @@ impl Client {
                 Typing::interest(descriptor.as_ref()),
                 Interest::new(watcher.event().as_fd(), true, false),
             ];
-            poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
+            poll::wait(&mut interests, at_once_if(progress)).map_err(StreamError::Gone)?;
             let [client, _, news] = interests;
             if news.readable() {
                 watcher.rest();
@@ -194,14 +195,19 @@ pub(crate) fn check_signal(signal: u8) -> Result<(), ErrorBody> {
 /// that stays.
 pub(crate) fn own(mut pump: Pump, process: &Process, mut client: Option<Client>) {
     while !pump.is_over() {
-        apart(&mut client, |client| client.work().map(drop));
+        let mut progress = Progress::Waiting;
+        apart(&mut client, |client| {
+            progress = client.work()?;
+            Ok(())
+        });
         let typing = client.as_ref().map(|client| &client.typing);
         let descriptor = typing.and_then(|typing| typing.descriptor(process));
         let input = Typing::interest(descriptor.as_ref());
         let stream = client.as_mut().map_or(Interest::NONE, Client::interest);
         let [stdout, stderr, exit, wake] = pump.interests();
         let mut interests = [stream, input, stdout, stderr, exit, wake];
-        let waited = poll::wait(&mut interests, pump.deadline());
+        let deadline = at_once_if(progress).or(pump.deadline());
+        let waited = poll::wait(&mut interests, deadline);
         if waited.is_err() {
             // Out of memory: the next round may have some.
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -216,6 +222,11 @@ pub(crate) fn own(mut pump: Pump, process: &Process, mut client: Option<Client>)
         contain(|| client.hear_out());
     }
     pump.bury();
+}
+
+/// Nothing is waited for while there is more to send.
+fn at_once_if(progress: Progress) -> Option<Instant> {
+    (progress == Progress::More).then(Instant::now)
 }
 
 /// What goes wrong with a client ends that client only.
@@ -236,11 +247,12 @@ impl Client {
     /// Sends what is left of a process that has ended, and its end.
     fn hear_out(mut self) -> Result<(), StreamError> {
         loop {
-            if self.reader.pull(&mut self.stream)? == Progress::Done {
+            let progress = self.reader.pull(&mut self.stream)?;
+            if progress == Progress::Done {
                 return self.finish();
             }
             let mut interests = [self.interest()];
-            poll::wait(&mut interests, None::<Instant>).map_err(StreamError::Gone)?;
+            poll::wait(&mut interests, at_once_if(progress)).map_err(StreamError::Gone)?;
             let [client] = interests;
             self.react(client)?;
             // The process takes no input any more; questions get no answer behind its end.
