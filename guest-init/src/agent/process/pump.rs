@@ -240,6 +240,12 @@ impl Pump {
             self.stdout.count_owed();
             self.stderr.count_owed();
             self.limit = None;
+            // What it started had the same warning, and may be making more of itself.
+            if self.timed_out.is_some()
+                && let Some(group) = &self.body.group
+            {
+                group.kill();
+            }
             self.exit = Some(Exit {
                 status,
                 limits: None,
