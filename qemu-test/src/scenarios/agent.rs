@@ -94,7 +94,7 @@ pub(crate) async fn the_agent_outlives_whatever_its_commands_do(
     let nothing = Command::shell("rm -rf --no-preserve-root / 2> /dev/null; echo gone");
     let done = vm::run(&context.client, &made, nothing).await?;
     ensure(done.stdout == "gone\n", || format!("{done:?}"))?;
-    let none = Command::argv(["true"]);
+    let none = Command::argv(["true"]).cwd("/");
     ends(context, &made, none, ProcessEnd::NotFound, 127).await?;
     let stopped = context.client.stop(vm::reference(&made), None).await?;
     ensure(stopped.end_message.contains("by request"), || {
