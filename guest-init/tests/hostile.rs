@@ -12,8 +12,9 @@ use protocol::process::{StartProcess, StdinMode};
 use protocol::processes::{AttachFrom, AttachProcess, KillProcess, ProcessInfo, WriteStdin};
 use protocol::{ErrorCode, Kind, frame};
 
-/// What the agent may use, in KiB, whatever a client does.
-const MEMORY: u64 = 16 << 10;
+/// What the agent may use, in KiB, whatever a client does. Tens of streams with a thread and buffers
+/// each are in it, and no output that waits beyond them: that would be gigabytes.
+const MEMORY: u64 = 32 << 10;
 
 fn kill(agent: &Agent, id: protocol::id::ProcessId) {
     let grace_ms = Some(0);

@@ -400,6 +400,13 @@ impl Client {
         }
     }
 
+    /// Everything behind the frames that were read, to the end.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        self.socket.read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
     pub fn error(&mut self) -> ErrorBody {
         let frame = self.frame().expect("an error frame");
         assert_eq!(frame.kind, Kind::ERROR);
