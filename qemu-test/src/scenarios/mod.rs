@@ -69,7 +69,7 @@ scenarios! {
     guest::the_disk_grows_to_what_was_asked_for, 180, DEFAULT;
     guest::the_system_inside_is_clean_and_can_do_what_containers_need, 240, DEFAULT;
     agent::limits_end_a_command_with_their_reason, 240, DEFAULT;
-    agent::the_agent_outlives_whatever_its_commands_do, 300, DEFAULT;
+    agent::the_agent_outlives_whatever_its_commands_do, 480, DEFAULT;
     bad_input::requests_that_cannot_be_served_are_refused_by_name, 180, DEFAULT;
     bad_input::commands_that_cannot_be_started_are_refused_by_name, 180, DEFAULT;
     bad_input::another_owners_vm_is_not_there, 180, DEFAULT;
