@@ -101,9 +101,7 @@ impl Agent {
     /// Why the machine cannot be worked in now, if so.
     fn unready(&self) -> Option<ErrorBody> {
         if !self.is_configured() {
-            let message = "the agent waits for its configuration; try again once the VM is ready";
-            let error = ErrorBody::host(ErrorCode::NotConfigured, message);
-            return Some(error.retryable_after_ms(100));
+            return Some(not_configured());
         }
         let message = "the VM is powering off";
         self.powering_off
@@ -183,10 +181,7 @@ impl Agent {
                 kind if (process::is_request(kind) || kind == Kind::POWER_OFF)
                     && !self.is_configured() =>
                 {
-                    let message =
-                        "the agent waits for its configuration; try again once the VM is ready";
-                    let error = ErrorBody::host(ErrorCode::NotConfigured, message);
-                    return stream.refuse(&error.retryable_after_ms(100));
+                    return stream.refuse(&not_configured());
                 }
                 kind if process::is_request(kind) => {
                     return process::serve(self, frame, stream, frames);
@@ -218,6 +213,12 @@ impl Agent {
 /// Whether a stream that begins with this kind asks for a small service of the machine as a whole.
 fn is_housekeeping(kind: Kind) -> bool {
     matches!(kind, Kind::HEALTH | Kind::SET_TIME | Kind::DIAL)
+}
+
+/// The answer to whatever comes before the configuration.
+fn not_configured() -> ErrorBody {
+    let message = "the agent waits for its configuration; try again once the VM is ready";
+    ErrorBody::host(ErrorCode::NotConfigured, message).retryable_after_ms(100)
 }
 
 /// The answer to a frame that means nothing here.

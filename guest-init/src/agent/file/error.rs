@@ -9,8 +9,30 @@ use std::path::Path;
 use nix::errno::Errno;
 use protocol::{ErrorBody, ErrorCode};
 
+use crate::agent::stream::StreamError;
+
 /// Longest path that is repeated to the client.
 const MAX_SHOWN: usize = 4096;
+
+/// Why an operation on a stream did not come to its end.
+pub(crate) enum Failure {
+    /// The client has gone: there is nobody to tell.
+    Stream(StreamError),
+    /// It is refused.
+    Refused(Box<ErrorBody>),
+}
+
+impl From<StreamError> for Failure {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+impl From<ErrorBody> for Failure {
+    fn from(error: ErrorBody) -> Self {
+        Self::Refused(Box::new(error))
+    }
+}
 
 /// An operation on a path that the system refused.
 pub(crate) fn refused(what: &str, path: &Path, errno: Errno) -> ErrorBody {

@@ -18,7 +18,7 @@ use protocol::file::transfer::{
 use protocol::message::decode_body;
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
-use super::error::{failed, invalid, refused, show};
+use super::error::{Failure, failed, invalid, refused, show};
 use super::inflow::{Inflow, Piece};
 use super::manage::{make_directories, rename_in};
 use super::path::{self, Place};
@@ -29,26 +29,6 @@ use crate::agent::stream::{Stream, StreamError};
 
 /// What a new file may be used for.
 const NEW: u32 = 0o644;
-
-/// Why a write did not come to its end.
-enum Failure {
-    /// The client has gone: there is nobody to tell.
-    Stream(StreamError),
-    /// It is refused.
-    Refused(Box<ErrorBody>),
-}
-
-impl From<StreamError> for Failure {
-    fn from(error: StreamError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-impl From<ErrorBody> for Failure {
-    fn from(error: ErrorBody) -> Self {
-        Self::Refused(Box::new(error))
-    }
-}
 
 /// Serves a write to its last frame.
 pub(super) fn serve(

@@ -21,7 +21,7 @@ use protocol::{ErrorBody, ErrorCode};
 use super::{BLOCK, Entry, Kind, MAX_DEPTH, MAX_STRETCHES, header, padding, pax};
 use crate::agent::Agent;
 use crate::agent::file::entries::{Entries, look};
-use crate::agent::file::error::{refused, show};
+use crate::agent::file::error::{Failure, refused, show};
 use crate::agent::file::outflow::Outflow;
 use crate::agent::file::path::{self, Place};
 use crate::agent::file::{info, not_regular};
@@ -31,23 +31,6 @@ use crate::agent::stream::{Stream, StreamError};
 /// gets a copy of its own.
 const MAX_LINKED: usize = 65_536;
 const MAX_LINKED_BYTES: usize = 4 << 20;
-
-enum Failure {
-    Stream(StreamError),
-    Refused(Box<ErrorBody>),
-}
-
-impl From<StreamError> for Failure {
-    fn from(error: StreamError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-impl From<ErrorBody> for Failure {
-    fn from(error: ErrorBody) -> Self {
-        Self::Refused(Box::new(error))
-    }
-}
 
 /// Serves a packing to its last frame.
 pub(crate) fn serve(

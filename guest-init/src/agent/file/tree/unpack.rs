@@ -18,7 +18,7 @@ use super::header::{self, Header, More};
 use super::pax::{Records, Sparse, decimal};
 use super::{BLOCK, Entry, Kind, MAX_STRETCHES, padding};
 use crate::agent::Agent;
-use crate::agent::file::error::{failed, refused};
+use crate::agent::file::error::{Failure, failed, refused};
 use crate::agent::file::inflow::{Inflow, Piece};
 use crate::agent::file::manage::make_directories;
 use crate::agent::file::path;
@@ -28,23 +28,6 @@ use crate::agent::stream::{Stream, StreamError};
 const MAX_MORE: u64 = 256 << 10;
 /// Bytes of the map of a file with holes.
 const MAX_MAP: usize = MAX_STRETCHES * 42;
-
-enum Failure {
-    Stream(StreamError),
-    Refused(Box<ErrorBody>),
-}
-
-impl From<StreamError> for Failure {
-    fn from(error: StreamError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-impl From<ErrorBody> for Failure {
-    fn from(error: ErrorBody) -> Self {
-        Self::Refused(Box::new(error))
-    }
-}
 
 /// Serves an unpacking to its last frame.
 pub(crate) fn serve(
