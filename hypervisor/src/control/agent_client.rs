@@ -11,7 +11,7 @@ use protocol::{ErrorCode, Frame, FrameError, FrameReader, Message, decode, encod
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// Characters that are kept of what an agent says about an error.
+/// Characters that are kept of a text that an agent sent.
 const MOST_TEXT: usize = 512;
 
 /// Why the agent did not do what it was asked.
@@ -37,7 +37,11 @@ pub(crate) async fn configure(
     configure: &Configure,
 ) -> Result<Option<Configured>, AgentError> {
     match ask::<_, Configured>(stream, configure).await {
-        Ok(configured) => Ok(Some(configured)),
+        Ok(configured) => Ok(Some(Configured {
+            agent_version: short(&configured.agent_version),
+            boot_id: short(&configured.boot_id),
+            ..configured
+        })),
         Err(AgentError::Message(MessageError::Refused(error)))
             if error.code == ErrorCode::AlreadyConfigured =>
         {
@@ -65,13 +69,18 @@ async fn ask<Q: Message, A: Message>(stream: OwnedFd, question: &Q) -> Result<A,
 fn harmless(error: MessageError) -> MessageError {
     match error {
         MessageError::Refused(mut body) => {
-            body.message = body.message.chars().take(MOST_TEXT).collect::<String>();
-            body.message = body.message.escape_debug().to_string();
+            body.message = short(&body.message);
             body.detail.clear();
             MessageError::Refused(body)
         }
         other => other,
     }
+}
+
+/// The beginning of a guest's text, as one line.
+fn short(text: &str) -> String {
+    let beginning: String = text.chars().take(MOST_TEXT).collect();
+    beginning.escape_debug().to_string()
 }
 
 async fn read_frame(stream: &mut UnixStream) -> Result<Frame, AgentError> {
@@ -87,5 +96,19 @@ async fn read_frame(stream: &mut UnixStream) -> Result<Frame, AgentError> {
         if let Some(frame) = reader.push(&mut bytes)? {
             return Ok(frame);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_agent_says_is_short_and_on_one_line() {
+        let said = format!("a\nb\u{1b}[2J{}", "x".repeat(1 << 20));
+        let kept = short(&said);
+        assert!(kept.starts_with("a\\nb\\u{1b}[2Jxx"), "{kept}");
+        assert!(kept.len() < MOST_TEXT + 20, "{}", kept.len());
+        assert!(!kept.chars().any(char::is_control));
     }
 }

@@ -256,8 +256,8 @@ pub(crate) async fn make_ready(
             tracing::info!(
                 vm = %run.vm,
                 generation = run.generation,
-                agent = configured.agent_version.escape_default().to_string(),
-                boot_id = configured.boot_id.escape_default().to_string(),
+                agent = configured.agent_version,
+                boot_id = configured.boot_id,
                 disk_bytes = configured.disk_bytes,
                 "agent configured"
             );
