@@ -18,8 +18,8 @@ packages=(
     mmdebstrap debian-archive-keyring uidmap e2fsprogs xfsprogs squashfs-tools
     # downloads and tests
     ca-certificates curl
-    # the emulated server
-    qemu-system-x86 qemu-utils
+    # disks of the emulated server (the emulator itself is an artifact of image-builder)
+    qemu-utils
 )
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -56,8 +56,8 @@ for package in "${packages[@]}"; do
     esac
 done
 
-# Debian 12's own QEMU (7.2) conflicts with a newer qemu-utils and emulates less of AMD's
-# virtualization; its backports carry QEMU 10. The mirror is the one this machine already uses.
+# Debian 12's own qemu-utils (7.2) conflicts with other parts of a newer QEMU, where one is installed
+# already; its backports carry QEMU 10. The mirror is the one this machine already uses.
 add_backports() {
     local list=/etc/apt/sources.list.d/supvm-backports.sources mirror
     if apt-get indextargets --format '$(RELEASE)' 'Identifier: Packages' | grep -qx bookworm-backports; then

@@ -8,11 +8,11 @@ use crate::cache::Inputs;
 use crate::exists;
 use crate::files;
 use crate::recipes::{
-    Kitchen, RecipeError, disks, guest_kernel, guest_root, host_kernel, initramfs,
+    Kitchen, RecipeError, disks, emulator, guest_kernel, guest_root, host_kernel, initramfs,
 };
 
 /// Fills `out`: `vmlinuz`, `initramfs.cpio`, `guest-vmlinux`, `guest-initramfs.cpio`,
-/// `system.squashfs`, `data.qcow2`.
+/// `system.squashfs`, `data.qcow2`; and `emulator`, which boots them in tests.
 pub(crate) fn make(
     kitchen: &Kitchen,
     supvm: &Path,
@@ -26,6 +26,7 @@ pub(crate) fn make(
     let host_kernel = host_kernel::make(kitchen)?;
     let system = disks::system(kitchen)?;
     let data = disks::data(kitchen)?;
+    let emulator = emulator::make(kitchen)?;
 
     files::make_dir(out)?;
     let guest_vmlinux = guest_kernel.join("vmlinux");
@@ -34,6 +35,7 @@ pub(crate) fn make(
         (guest_vmlinux.clone(), "guest-vmlinux"),
         (system.join("system.squashfs"), "system.squashfs"),
         (data.join("data.qcow2"), "data.qcow2"),
+        (emulator, "emulator"),
     ] {
         files::replace_link(&target, &out.join(name))?;
     }

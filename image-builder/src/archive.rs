@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use cpio::newc;
@@ -105,7 +106,8 @@ impl Archive {
         self.insert(name.as_ref(), CHARACTER | 0o600, content)
     }
 
-    /// Everything below `root`: directories, symbolic links and files (0644), under `name`.
+    /// Everything below `root`: directories, symbolic links and files (0644, or 0755
+    /// when they can be run), under `name`.
     pub(crate) fn tree(&mut self, name: impl AsRef<Path>, root: &Path) -> Result<(), ArchiveError> {
         let name = name.as_ref();
         self.directory(name)?;
@@ -120,7 +122,9 @@ impl Archive {
                 let target = target.as_os_str().as_bytes().to_vec();
                 self.insert(&name, SYMLINK | 0o777, Content::Bytes(target))?;
             } else {
-                self.file(name, &path, 0o644)?;
+                let mode = entry.metadata().at("look at", &path)?.mode();
+                let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
+                self.file(name, &path, mode)?;
             }
         }
         Ok(())
@@ -239,6 +243,8 @@ fn plain(name: &Path) -> Result<String, ArchiveError> {
 mod tests {
     use std::process::{Command, Stdio};
 
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn sample(dir: &Path) -> Archive {
@@ -247,6 +253,8 @@ mod tests {
         let tree = dir.join("tree");
         fs::create_dir_all(tree.join("sub")).unwrap();
         fs::write(tree.join("sub/x"), "x").unwrap();
+        fs::write(tree.join("run"), "").unwrap();
+        fs::set_permissions(tree.join("run"), fs::Permissions::from_mode(0o740)).unwrap();
         std::os::unix::fs::symlink("sub/x", tree.join("link")).unwrap();
         let mut archive = Archive::default();
         archive.file("init", &file, 0o755).unwrap();
@@ -289,6 +297,7 @@ mod tests {
                 "lib",
                 "lib/tree",
                 "lib/tree/link",
+                "lib/tree/run",
                 "lib/tree/sub",
                 "lib/tree/sub/x",
                 "proc"
@@ -306,6 +315,8 @@ mod tests {
         let console = line("dev/console");
         assert_eq!(console[..6], ["crw-------", "1", "0", "0", "5,", "1"]);
         assert_eq!(line("init")[..5], ["-rwxr-xr-x", "1", "0", "0", "5"]);
+        assert_eq!(line("lib/tree/run")[0], "-rwxr-xr-x");
+        assert_eq!(line("lib/tree/sub/x")[0], "-rw-r--r--");
         assert!(long.contains("lib/tree/link -> sub/x"), "{long}");
     }
 

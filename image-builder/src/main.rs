@@ -17,7 +17,7 @@ mod recipes;
 mod tool;
 
 use recipes::{
-    Kitchen, RecipeError, disks, guest_kernel, guest_root, host_kernel, initramfs, peer,
+    Kitchen, RecipeError, disks, emulator, guest_kernel, guest_root, host_kernel, initramfs, peer,
 };
 
 /// Makes the images of a supvm appliance. Slow parts are kept in the user's cache directory, under
@@ -41,7 +41,9 @@ enum Part {
     SystemDisk,
     /// The XFS data disk with the templates imported, as qcow2
     DataDisk,
-    /// Debian's QEMU as an archive, to run beside supvm in a benchmark
+    /// The emulator of the tests: Debian's newest QEMU, unpacked
+    Emulator,
+    /// The same QEMU as an archive, to run beside supvm in a benchmark
     PeerQemu,
     /// The guest's first root
     GuestInitramfs {
@@ -99,6 +101,7 @@ fn run(part: Part) -> Result<PathBuf, RecipeError> {
         Part::HostKernel => host_kernel::make(&kitchen),
         Part::SystemDisk => disks::system(&kitchen),
         Part::DataDisk => disks::data(&kitchen),
+        Part::Emulator => emulator::make(&kitchen),
         Part::PeerQemu => peer::make(&kitchen),
         Part::GuestInitramfs { guest_init, out } => {
             initramfs::guest(&guest_init, &out)?;

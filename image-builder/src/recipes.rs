@@ -11,6 +11,7 @@ use crate::kconfig::KconfigError;
 use crate::tool::ToolError;
 
 pub(crate) mod disks;
+pub(crate) mod emulator;
 pub(crate) mod guest_kernel;
 pub(crate) mod guest_root;
 pub(crate) mod host_kernel;

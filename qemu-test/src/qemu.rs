@@ -89,7 +89,7 @@ impl std::fmt::Display for Accelerator {
 
 /// The command that boots the appliance from `image`, run in the instance's directory.
 pub(crate) fn command(accelerator: Accelerator, image: &Path) -> Vec<OsString> {
-    let mut command: Vec<OsString> = vec!["qemu-system-x86_64".into()];
+    let mut command = vec![image.join("emulator/qemu-system-x86_64").into_os_string()];
     let mut add = |arguments: &[&str]| command.extend(arguments.iter().map(OsString::from));
     add(&["-name", "supvm", "-nodefaults", "-no-user-config"]);
     add(&["-M", "q35", "-smp", "2", "-m", "3072"]);

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs examples/smoke.rs in an emulated server. Needs a guest kernel (vmlinux), a host kernel and
-# its modules unpacked; says what it needs when a variable is missing. Leaves nothing running.
+# its modules unpacked, and the emulator that `make images` leaves; says what it needs when a variable is
+# missing. Leaves nothing running.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -34,6 +35,6 @@ for module in virt/lib/irqbypass drivers/crypto/ccp/ccp arch/x86/kvm/kvm arch/x8
     number=$((number + 1))
 done
 pack "$work/server" >"$work/server.cpio"
-timeout "${DEADLINE:-120}" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 \
+timeout "${DEADLINE:-120}" target/image/emulator/qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 \
     -nographic -no-reboot -nic none -kernel "$HOST_KERNEL" -initrd "$work/server.cpio" \
     -append "console=ttyS0 quiet smoke.do=$what ${APPEND:-}" </dev/null

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Kitchen, RecipeError, resolved};
+use super::resolved::{self, Selection};
+use super::{Kitchen, RecipeError};
 use crate::cache::Inputs;
 use crate::debian;
 use crate::files::{self, AtPath as _};
@@ -19,13 +20,21 @@ const NAME: &str = "debian";
 const RELEASE: &str = "13";
 
 const ARTIFACT: &str = "guest-root";
-const SUITE: &str = "trixie";
 const FINISH: &str = include_str!("guest_root.sh");
 
 /// Identity of the file system and date of everything in it: 2025-08-09, the day of Debian 13.
 const UUID: &str = "73757076-6d00-4000-8000-000000000001";
 const HASH_SEED: &str = "73757076-6d00-4000-8000-000000000002";
 const EPOCH: &str = "1754697600";
+
+const SELECTION: Selection = Selection {
+    artifact: "guest-root-versions",
+    about: "the guest root",
+    suite: "trixie",
+    packages: PACKAGES,
+    options: &["--variant=minbase"],
+    sources: &[],
+};
 
 const PACKAGES: &[&str] = &[
     "bash",
@@ -83,12 +92,12 @@ pub(crate) struct GuestRoot {
 
 /// Makes it, unless the one with today's packages is there.
 pub(crate) fn make(kitchen: &Kitchen) -> Result<GuestRoot, RecipeError> {
-    let resolved = resolved::resolve(kitchen, SUITE, PACKAGES)?;
+    let resolved = resolved::resolve(kitchen, &SELECTION)?;
     let version = format!("{RELEASE}.{}", resolved.since);
     let mut inputs = Inputs::new("guest-root 2");
     inputs
         .add("finish", FINISH)
-        .add("suite", SUITE)
+        .add("suite", SELECTION.suite)
         .add("version", &version)
         .add("resolved", &resolved.packages)
         .add("packages", PACKAGES.join(","))
@@ -113,15 +122,15 @@ fn build(kitchen: &Kitchen, version: &str, out: &Path) -> Result<(), RecipeError
     let (audit, packages) = (out.join("audit.txt"), out.join("packages.txt"));
 
     progress.phase("installing Debian 13 with mmdebstrap");
-    let mut install = Tool::new("mmdebstrap")
+    let mut install = SELECTION
+        .mmdebstrap()
         .env("SOURCE_DATE_EPOCH", EPOCH)
-        .args(["--variant=minbase", "--format=tar", "--skip=output/dev"])
+        .args(["--format=tar", "--skip=output/dev"])
         .arg(if tool::is_root() {
             "--mode=root"
         } else {
             "--mode=unshare"
-        })
-        .arg(format!("--include={}", PACKAGES.join(",")));
+        });
     for check in CHECKS {
         install = install.arg(format!("--customize-hook={check}"));
     }
@@ -134,7 +143,7 @@ fn build(kitchen: &Kitchen, version: &str, out: &Path) -> Result<(), RecipeError
             "--customize-hook=download /tmp/packages {}",
             packages.display()
         ))
-        .arg(SUITE)
+        .arg(SELECTION.suite)
         .arg(&tar)
         .run(&log, &mut progress)?;
     let complaints = files::read_text(&audit)?;

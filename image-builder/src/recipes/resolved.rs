@@ -1,5 +1,5 @@
-//! Which versions of the guest's packages Debian has today. It is asked at most once a day, because
-//! the answer takes a fetch of the archive's lists; without a network the last answer holds.
+//! Which versions Debian has today of the packages a recipe takes. It is asked at most once a day,
+//! because the answer takes a fetch of the archive's lists; without a network the last answer holds.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -10,18 +10,41 @@ use crate::files;
 use crate::progress::Progress;
 use crate::tool::Tool;
 
-const ARTIFACT: &str = "guest-root-versions";
-
 /// How long an answer holds.
 const HOLDS: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// What a recipe lets mmdebstrap take from Debian.
+pub(super) struct Selection {
+    /// The answer's name in the cache.
+    pub(super) artifact: &'static str,
+    /// What the packages are for, as one says it.
+    pub(super) about: &'static str,
+    /// Debian's name of the release.
+    pub(super) suite: &'static str,
+    /// Beside what they depend on.
+    pub(super) packages: &'static [&'static str],
+    /// More options of mmdebstrap that decide what is taken.
+    pub(super) options: &'static [&'static str],
+    /// Lines of apt's sources when not only the suite's own.
+    pub(super) sources: &'static [&'static str],
+}
+
+impl Selection {
+    /// mmdebstrap with all that decides what is taken; suite, target and sources come last.
+    pub(super) fn mmdebstrap(&self) -> Tool {
+        Tool::new("mmdebstrap")
+            .args(self.options)
+            .arg(format!("--include={}", self.packages.join(",")))
+    }
+}
+
 /// Packages with their versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Resolved {
+pub(super) struct Resolved {
     /// The day on which they were first seen together, as YYYYMMDD.
-    pub(crate) since: String,
+    pub(super) since: String,
     /// Lines of a name and a version, sorted.
-    pub(crate) packages: String,
+    pub(super) packages: String,
 }
 
 impl Resolved {
@@ -40,17 +63,15 @@ impl Resolved {
     }
 }
 
-/// What mmdebstrap would install of `suite` with `packages`.
-pub(crate) fn resolve(
-    kitchen: &Kitchen,
-    suite: &str,
-    packages: &[&str],
-) -> Result<Resolved, RecipeError> {
-    let mut question = Inputs::new("guest-root-versions 1");
+/// What mmdebstrap would install of the selection.
+pub(super) fn resolve(kitchen: &Kitchen, selection: &Selection) -> Result<Resolved, RecipeError> {
+    let mut question = Inputs::new("versions 1");
     question
-        .add("suite", suite)
-        .add("packages", packages.join(","));
-    let name = format!("{ARTIFACT}-{}", question.key());
+        .add("suite", selection.suite)
+        .add("packages", selection.packages.join(","))
+        .add("options", selection.options.join("\n"))
+        .add("sources", selection.sources.join("\n"));
+    let name = format!("{}-{}", selection.artifact, question.key());
     let file = kitchen.cache.aside(&name);
     let known = files::read_text(&file)
         .ok()
@@ -60,14 +81,15 @@ pub(crate) fn resolve(
     {
         return Ok(known.clone());
     }
-    let fetched = match (fetch(kitchen, suite, packages), known) {
+    let fetched = match (fetch(kitchen, selection), known) {
         (Ok(fetched), Some(known)) if fetched == known.packages => known,
         (Ok(packages), _) => Resolved {
             since: today()?,
             packages,
         },
         (Err(error), Some(known)) => {
-            eprintln!("{ARTIFACT}: the last answer holds, Debian could not be asked: {error}");
+            let artifact = selection.artifact;
+            eprintln!("{artifact}: the last answer holds, Debian could not be asked: {error}");
             return Ok(known);
         }
         (Err(error), None) => return Err(error),
@@ -87,17 +109,20 @@ fn is_fresh(file: &Path) -> bool {
         })
 }
 
-fn fetch(kitchen: &Kitchen, suite: &str, packages: &[&str]) -> Result<String, RecipeError> {
-    let log = kitchen.log(ARTIFACT);
+fn fetch(kitchen: &Kitchen, selection: &Selection) -> Result<String, RecipeError> {
+    let log = kitchen.log(selection.artifact);
     // Only this run's words are to be read.
     let _ = std::fs::remove_file(&log);
-    let mut progress = Progress::start(ARTIFACT);
-    progress.phase("asking Debian for the versions of the guest's packages");
-    Tool::new("mmdebstrap")
-        .args(["--simulate", "--verbose", "--variant=minbase"])
-        .arg("--format=null")
-        .arg(format!("--include={}", packages.join(",")))
-        .args([suite, "/dev/null"])
+    let mut progress = Progress::start(selection.artifact);
+    progress.phase(&format!(
+        "asking Debian for versions for {}",
+        selection.about
+    ));
+    selection
+        .mmdebstrap()
+        .args(["--simulate", "--verbose", "--format=null"])
+        .args([selection.suite, "/dev/null"])
+        .args(selection.sources)
         .run(&log, &mut progress)?;
     let installed = installed(&files::read_text(&log)?);
     if installed.is_empty() {
