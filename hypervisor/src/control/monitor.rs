@@ -16,7 +16,7 @@ use protocol::host::vmm::{Connect, Connected, Identify, Identity, NotConnected, 
 use protocol::message::MessageError;
 use protocol::{Kind, decode};
 use proxy::channel::Channel;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 /// How long a monitor may take to say who it is.
@@ -66,6 +66,8 @@ pub(crate) struct Monitor(Arc<Shared>);
 struct Shared {
     channel: Arc<Channel>,
     waiting: Arc<Mutex<Waiting>>,
+    /// Held by the reader; closed when it ended.
+    reading: watch::Receiver<()>,
     reader: AbortHandle,
 }
 
@@ -90,11 +92,17 @@ impl Monitor {
         let waiting = Arc::<Mutex<Waiting>>::default();
         let (sender, receiver) = oneshot::channel();
         lock(&waiting).identity = Some(sender);
-        let reader = tokio::spawn(read(channel.clone(), waiting.clone())).abort_handle();
+        let (alive, reading) = watch::channel(());
+        let read = read(channel.clone(), waiting.clone());
+        let reader = tokio::spawn(async move {
+            let _alive = alive;
+            read.await;
+        });
         let monitor = Self(Arc::new(Shared {
             channel,
             waiting,
-            reader,
+            reading,
+            reader: reader.abort_handle(),
         }));
         monitor.0.channel.send(&Identify {}, &[]).await?;
         match tokio::time::timeout(IDENTIFY, receiver).await {
@@ -135,6 +143,12 @@ impl Monitor {
             Ok(Err(message)) => Err(MonitorError::Refused(message)),
             Err(_) => Err(MonitorError::Gone),
         }
+    }
+
+    /// Waits until its socket has closed: it ended, or one of the two broke the rules.
+    pub(crate) async fn lost(&self) {
+        let mut reading = self.0.reading.clone();
+        while reading.changed().await.is_ok() {}
     }
 
     /// Ends the run at once.

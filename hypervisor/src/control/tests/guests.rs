@@ -48,6 +48,7 @@ pub(super) async fn monitor_of(
     let listener = ChannelListener::new(files.remove(descriptor::LISTEN).unwrap()).unwrap();
     let (end, mut ended) = tokio::sync::mpsc::unbounded_channel();
     let configured = Arc::new(AtomicBool::new(false));
+    let dropped = supervisor.state().dropped.clone();
     let mut agents = JoinSet::new();
     loop {
         let channel = tokio::select! {
@@ -60,6 +61,7 @@ pub(super) async fn monitor_of(
             let packet = tokio::select! {
                 ending = ended.recv() => return ending.unwrap(),
                 packet = channel.receive() => packet,
+                () = dropped.notified() => break,
             };
             let Ok(Some(mut packet)) = packet else { break };
             match packet.frame.kind {

@@ -1,8 +1,12 @@
 //! Control dies, proxy dies, the host dies: what was acknowledged is there afterwards.
 
+use std::time::Duration;
+
 use protocol::ErrorCode;
 use protocol::host::vmm::Ending;
 use protocol::vm::{EndReason, OpenVm, Opened, StartVm, StopVm, VmInfo, VmState};
+
+use tokio::time::timeout;
 
 use super::world::*;
 
@@ -27,6 +31,31 @@ async fn a_stream_lives_on_while_control_is_restarted_and_the_vm_is_found_again(
     assert_eq!(world.create(&create(1)).await.unwrap().id, made.id);
     world.delete(&made).await;
     world.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_lost_its_connection_to_control_is_connected_to_again() {
+    let world = World::new().await;
+    let made = world.create(&create(1)).await.unwrap();
+    let open = OpenVm { vm: by_id(&made) };
+    let (_, descriptor) = world.api().ask::<_, Opened>("mine", &open).await.unwrap();
+    let mut old = stream(descriptor);
+    world.supervisor.drop_control();
+    // Whoever asks before it is found again is told so or waits.
+    let opened = async {
+        loop {
+            if let Ok(opened) = world.api().ask::<_, Opened>("mine", &open).await {
+                return opened;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let (opened, descriptor) = timeout(Duration::from_secs(30), opened).await.unwrap();
+    assert_eq!(opened.generation, 1);
+    echo(&mut stream(descriptor), "a new one").await;
+    echo(&mut old, "the old one").await;
+    assert_eq!(world.list().await[0].state, VmState::Running);
+    assert_eq!(world.supervisor.state().spawned.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -186,7 +215,7 @@ async fn an_address_that_comes_later_is_named_by_the_next_certificate() {
         let done = ip.args(arguments.split_ascii_whitespace()).status();
         assert!(done.unwrap().success(), "ip {arguments}");
     }
-    tokio::time::timeout(HANG, serve.wait_for(names))
+    timeout(HANG, serve.wait_for(names))
         .await
         .expect("no new certificate")
         .unwrap();

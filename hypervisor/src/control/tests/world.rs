@@ -26,7 +26,7 @@ use proxy::channel::{Channel, ChannelListener};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use super::super::{ControlError, serve};
@@ -429,6 +429,7 @@ pub(super) struct State {
     pub(super) ended: BTreeMap<Run, (Option<u8>, Option<u8>)>,
     pub(super) spawned: Vec<SpawnVmm>,
     pub(super) configured: Vec<Configure>,
+    pub(super) dropped: Arc<Notify>,
     channel: Option<Arc<Channel>>,
     reader: Option<AbortHandle>,
 }
@@ -441,6 +442,7 @@ impl Default for Supervisor {
             ended: BTreeMap::new(),
             spawned: Vec::new(),
             configured: Vec::new(),
+            dropped: Arc::default(),
             channel: None,
             reader: None,
         })))
@@ -564,6 +566,11 @@ impl Supervisor {
             task.abort();
         }
         state.ended.clear();
+    }
+
+    /// Every monitor closes its connection to control, and takes the next.
+    pub(super) fn drop_control(&self) {
+        self.state().dropped.notify_waiters();
     }
 
     /// Closes the socket to control.

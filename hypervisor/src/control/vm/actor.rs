@@ -29,6 +29,9 @@ use super::{Command, Host, MAILBOX, Machine, Reply, View, VmHandle, internal};
 const MAX_RESETS: usize = 5;
 const RESET_WINDOW: Duration = Duration::from_secs(120);
 
+/// How long a monitor whose socket closed may take to end before it is taken for one that does not.
+const ENDING: Duration = Duration::from_secs(2);
+
 /// What a VM's task begins with.
 pub(crate) enum Beginning {
     /// A create: the first boot, undone when it fails.
@@ -242,6 +245,15 @@ impl Vm {
                     let Machine { _memory, .. } = machine;
                     return self.ended(exit, Asked::Nothing, Some(_memory)).await;
                 }
+                () = machine.monitor.lost() => {
+                    // One that ends closes its socket first.
+                    let exit = timeout(ENDING, wait_end(&mut machine.ended)).await;
+                    let Machine { run, ended, _memory, .. } = machine;
+                    return match exit {
+                        Ok(exit) => self.ended(exit, Asked::Nothing, Some(_memory)).await,
+                        Err(_) => self.find_monitor(run, ended, _memory).await,
+                    };
+                }
                 command = inbox.next() => command,
             };
             match command {
@@ -386,30 +398,32 @@ impl Vm {
             });
         }
         let memory = self.host.capacity.adopt(self.record.memory_mib);
-        match boot::reconnect(&self.host, &run).await {
+        self.find_monitor(run, ended, memory).await
+    }
+
+    /// Connects to a monitor that runs, unless it has just ended. One that does not answer is of no
+    /// use any more and is ended.
+    async fn find_monitor(&mut self, run: Run, mut ended: Ended, memory: Reservation) -> Phase {
+        let error = match boot::reconnect(&self.host, &run).await {
             Ok(monitor) => {
                 tracing::info!(vm = %run.vm, generation = run.generation, "monitor found again");
-                Phase::Up(Machine {
+                return Phase::Up(Machine {
                     run,
                     monitor,
                     ended,
                     _memory: memory,
-                })
+                });
             }
-            Err(error) => {
-                // It may just have ended; else it is of no use any more.
+            Err(error) => error,
+        };
+        let exit = match timeout(ENDING, wait_end(&mut ended)).await {
+            Ok(exit) => exit,
+            Err(_) => {
                 tracing::error!(vm = %run.vm, %error, "monitor cannot be used any more");
-                let mut ended = ended;
-                let brief = Duration::from_secs(2);
-                let exit = match timeout(brief, wait_end(&mut ended)).await {
-                    Ok(exit) => exit,
-                    Err(_) => {
-                        self.end_run(&run, &mut ended).await;
-                        Exit::Signal(9)
-                    }
-                };
-                self.ended(exit, Asked::Nothing, Some(memory)).await
+                self.end_run(&run, &mut ended).await;
+                Exit::Signal(9)
             }
-        }
+        };
+        self.ended(exit, Asked::Nothing, Some(memory)).await
     }
 }
