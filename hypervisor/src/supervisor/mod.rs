@@ -458,6 +458,9 @@ impl<D: Duties> Supervisor<D> {
             Phase::Running => {
                 tracing::info!(within_s = VMS_STOP_WITHIN.as_secs(), "stopping the VMs");
                 self.outcome = outcome;
+                if self.vmms.any_running() {
+                    self.start_waiting_control(now);
+                }
                 self.services.iter_mut().for_each(Service::retire);
                 self.phase = Phase::StoppingVms(now + VMS_STOP_WITHIN + CONTROL_ENDS_WITHIN);
                 let deadline_ms = u32::try_from(VMS_STOP_WITHIN.as_millis()).unwrap_or(u32::MAX);
@@ -468,6 +471,15 @@ impl<D: Duties> Supervisor<D> {
                 self.phase = Phase::StoppingVms(now);
             }
             Phase::StoppingRest(_) | Phase::Killing => {}
+        }
+    }
+
+    /// Only control can ask VMs to stop: it does not wait for its next start then.
+    fn start_waiting_control(&mut self, now: Instant) {
+        for service in &mut self.services {
+            if service.kind == Kind::Control && service.due().is_some() {
+                service.start(&self.shared, now);
+            }
         }
     }
 

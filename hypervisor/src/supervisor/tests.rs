@@ -39,7 +39,7 @@ fn stand_in_for_control() {
     let _ = receive(back.as_fd());
 }
 
-/// Stops the supervisor when its other end is closed.
+/// Demands a stop for a byte, and again and again once its other end is closed.
 #[derive(Debug)]
 struct UntilClosed(OwnedFd);
 
@@ -48,8 +48,9 @@ impl Duties for UntilClosed {
         vec![(0, self.0.as_fd())]
     }
     fn ready(&mut self, _: usize) -> Option<Demand> {
-        // Closed for good: ready once more each time, until all has stopped.
-        self.0 = pipe().0;
+        if nix::unistd::read(&self.0, &mut [0]) == Ok(0) {
+            self.0 = pipe().0;
+        }
         Some(Demand::ShutDown(Outcome::PowerOff))
     }
     fn deadline(&self) -> Option<Instant> {
@@ -126,30 +127,9 @@ impl House {
         }
     }
 
+    /// The next control that the supervisor starts.
     fn control(&self) -> Control {
-        let number = accept4(self.back.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap();
-        // SAFETY: accept4 just made it.
-        let alive = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) };
-        let mut buffer = [0; 16];
-        let mut slices = [io::IoSliceMut::new(&mut buffer)];
-        let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-        let received = nix::sys::socket::recvmsg::<()>(
-            alive.as_raw_fd(),
-            &mut slices,
-            Some(&mut space),
-            nix::sys::socket::MsgFlags::MSG_CMSG_CLOEXEC,
-        )
-        .unwrap();
-        let rights = received.cmsgs().unwrap().next().unwrap();
-        let nix::sys::socket::ControlMessageOwned::ScmRights(numbers) = rights else {
-            panic!("no descriptor");
-        };
-        // SAFETY: the kernel just made it.
-        let supervisor = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(numbers[0]) };
-        Control {
-            supervisor,
-            _alive: alive,
-        }
+        Control::accept(&self.back)
     }
 
     /// Waits until proxy was started so many times.
@@ -169,6 +149,35 @@ impl House {
 }
 
 impl Control {
+    /// The next one that the supervisor starts.
+    fn accept(back: &OwnedFd) -> Self {
+        let mut connections = [PollFd::new(back.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut connections, HANG), Ok(1), "it was not started");
+        let number = accept4(back.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap();
+        // SAFETY: accept4 just made it.
+        let alive = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) };
+        let mut buffer = [0; 16];
+        let mut slices = [io::IoSliceMut::new(&mut buffer)];
+        let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
+        let received = nix::sys::socket::recvmsg::<()>(
+            alive.as_raw_fd(),
+            &mut slices,
+            Some(&mut space),
+            nix::sys::socket::MsgFlags::MSG_CMSG_CLOEXEC,
+        )
+        .unwrap();
+        let rights = received.cmsgs().unwrap().next().unwrap();
+        let nix::sys::socket::ControlMessageOwned::ScmRights(numbers) = rights else {
+            panic!("no descriptor");
+        };
+        // SAFETY: the kernel just made it.
+        let supervisor = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(numbers[0]) };
+        Self {
+            supervisor,
+            _alive: alive,
+        }
+    }
+
     fn send<M: Message>(&self, message: &M, descriptors: &[&OwnedFd]) {
         let descriptors: Vec<_> = descriptors.iter().map(|fd| fd.as_fd()).collect();
         send(self.supervisor.as_fd(), message, &descriptors).unwrap();
@@ -261,6 +270,26 @@ fn a_monitor_is_killed_on_demand_and_at_the_end() {
     drop(control);
     stopping.join().unwrap();
     assert!(!Path::new(&format!("/proc/{}", second.pid)).exists());
+}
+
+#[test]
+fn a_control_that_waits_for_its_next_start_is_started_to_stop_the_vms() {
+    let house = House::new("exec sleep 1000");
+    let (theirs, _ours) = pipe();
+    let control = house.control();
+    control.spawn(&run_of(1), "x", &theirs);
+    let VmmSpawned { .. } = control.receive();
+    drop(control);
+    // After so many ends the next start is 3.2 s away, and the last one is known by then.
+    for _ in 0..5 {
+        drop(house.control());
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    nix::unistd::write(house.stop.as_ref().unwrap(), &[1]).unwrap();
+    let control = house.control();
+    let ShutDown { .. } = control.receive();
+    drop(control);
+    house.stop();
 }
 
 #[test]
