@@ -71,7 +71,7 @@ scenarios! {
     lifecycle::commands_get_arguments_environment_and_directory, 180, DEFAULT;
     lifecycle::a_create_repeated_with_its_key_makes_one_vm, 180, DEFAULT;
     guest::the_disk_grows_to_what_was_asked_for, 180, DEFAULT;
-    guest::the_system_inside_is_clean_and_can_do_what_containers_need, 240, DEFAULT;
+    guest::the_system_inside_is_clean_and_can_do_what_containers_need, 420, DEFAULT;
     processes::a_process_outlives_its_client_and_obeys_the_next_one, 240, DEFAULT;
     processes::a_terminal_feels_local, 180, DEFAULT;
     files::files_go_both_ways_whole_or_not_at_all, 300, DEFAULT;
