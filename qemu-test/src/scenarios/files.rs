@@ -13,7 +13,6 @@ use protocol::file::tree::{PackTree, TreeUnpacked, UnpackTree};
 use protocol::file::watch::{FileChange, FileEvents, WatchFiles, WatchStarted};
 use protocol::file::{FileDone, FileInfo, FileType};
 use protocol::frame::MAX_DATA;
-use protocol::vm::VmInfo;
 use protocol::{ErrorCode, Kind};
 
 use super::talk::{Talk, eventually, is, nothing_follows, part};
@@ -27,12 +26,12 @@ pub(crate) async fn files_go_both_ways_whole_or_not_at_all(
 ) -> Result<(), Failure> {
     let made = context.create().await?;
     let talk = Talk::with(context, &made).await?;
-    part("a broken upload", broken_upload(context, &made, &talk)).await?;
+    part("a broken upload", broken_upload(&talk)).await?;
     part("names", names(&talk)).await?;
-    part("holes", holes(context, &made, &talk)).await?;
-    part("trees", trees(context, &made, &talk)).await?;
-    part("watching", watching(context, &made, &talk)).await?;
-    part("refusals", refusals(context, &made, &talk)).await?;
+    part("holes", holes(&talk)).await?;
+    part("trees", trees(&talk)).await?;
+    part("watching", watching(&talk)).await?;
+    part("refusals", refusals(&talk)).await?;
     context.delete(&made).await
 }
 
@@ -81,7 +80,7 @@ async fn data(stream: &mut WireStream, bytes: &[u8]) -> Result<(), Failure> {
 }
 
 /// A write from its request to its last frame.
-async fn write(talk: &Talk, request: &WriteFile, bytes: &[u8]) -> Result<FileWritten, Failure> {
+async fn write(talk: &Talk<'_>, request: &WriteFile, bytes: &[u8]) -> Result<FileWritten, Failure> {
     let mut stream = talk.begin(request).await?;
     stream.message::<WriteStarted>().await?;
     data(&mut stream, bytes).await?;
@@ -92,7 +91,7 @@ async fn write(talk: &Talk, request: &WriteFile, bytes: &[u8]) -> Result<FileWri
 }
 
 /// A file as it was read, and how much of it came as holes.
-async fn read(talk: &Talk, request: &ReadFile) -> Result<(Vec<u8>, u64), Failure> {
+async fn read(talk: &Talk<'_>, request: &ReadFile) -> Result<(Vec<u8>, u64), Failure> {
     let mut stream = talk.begin(request).await?;
     let started: ReadStarted = stream.message().await?;
     let (bytes, holes) = content(&mut stream).await?;
@@ -128,7 +127,7 @@ async fn content(stream: &mut WireStream) -> Result<(Vec<u8>, u64), Failure> {
 }
 
 /// Sent half-way, lost with its connection, and gone on with by another client.
-async fn broken_upload(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn broken_upload(talk: &Talk<'_>) -> Result<(), Failure> {
     let bytes = noise(8 * MIB);
     let sum = *blake3::hash(&bytes).as_bytes();
     let mut request = write_request("deep/file");
@@ -138,7 +137,7 @@ async fn broken_upload(context: &Context, made: &VmInfo, talk: &Talk) -> Result<
     request.upload = Some(upload);
     request.size = Some(bytes.len() as u64);
 
-    let lost = Talk::with(context, made).await?;
+    let lost = talk.another().await?;
     let mut stream = lost.begin(&request).await?;
     stream.message::<WriteStarted>().await?;
     data(&mut stream, &bytes[..5 * MIB]).await?;
@@ -172,7 +171,7 @@ async fn broken_upload(context: &Context, made: &VmInfo, talk: &Talk) -> Result<
         || format!("{written:?}"),
     )?;
     let line = "ls -A deep; stat -c %a deep/file";
-    let said = context.shell(made, line).await?;
+    let said = talk.shell(line).await?;
     ensure(said == "file\n644", || said.clone())?;
     let (back, _) = read(talk, &read_request("deep/file")).await?;
     ensure(back == bytes, || format!("{} other bytes", back.len()))?;
@@ -185,14 +184,14 @@ async fn broken_upload(context: &Context, made: &VmInfo, talk: &Talk) -> Result<
     })?;
 
     // A write that nobody ends leaves the old file, and nothing beside it.
-    let short = Talk::with(context, made).await?;
+    let short = talk.another().await?;
     let mut stream = short.begin(&write_request("deep/file")).await?;
     stream.message::<WriteStarted>().await?;
     data(&mut stream, b"something else").await?;
     short.vanish();
     drop(stream);
     eventually("what was half written is gone", async || {
-        Ok(context.shell(made, "ls -A deep").await? == "file")
+        Ok(talk.shell("ls -A deep").await? == "file")
     })
     .await?;
     let info: FileInfo = talk.ask(&stat("deep/file")).await?;
@@ -203,7 +202,7 @@ async fn broken_upload(context: &Context, made: &VmInfo, talk: &Talk) -> Result<
 }
 
 /// Directories, pages, renames, links, and what is removed with all that is in it.
-async fn names(talk: &Talk) -> Result<(), Failure> {
+async fn names(talk: &Talk<'_>) -> Result<(), Failure> {
     let make = MakeDirectory {
         path: b"names/below".to_vec(),
         mode: 0o750,
@@ -272,7 +271,7 @@ async fn names(talk: &Talk) -> Result<(), Failure> {
 }
 
 /// A file that is mostly holes takes little room in the VM and on the way.
-async fn holes(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn holes(talk: &Talk<'_>) -> Result<(), Failure> {
     let length = 64 * MIB as u64;
     let mut stream = talk.begin(&write_request("sparse")).await?;
     stream.message::<WriteStarted>().await?;
@@ -287,7 +286,7 @@ async fn holes(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     ensure(info.size == size && info.allocated < MIB as u64, || {
         format!("{info:?}")
     })?;
-    let ends = context.shell(made, "head -c 5 sparse; tail -c 3 sparse");
+    let ends = talk.shell("head -c 5 sparse; tail -c 3 sparse");
     let ends = ends.await?;
     ensure(ends == "beginend", || ends.clone())?;
     let mut request = read_request("sparse");
@@ -305,19 +304,19 @@ async fn holes(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
 }
 
 /// What Debian's tar makes of our archive, and we of its.
-async fn trees(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn trees(talk: &Talk<'_>) -> Result<(), Failure> {
     let grow = "mkdir -p tree/a/b tree/empty && seq 1 50000 > tree/a/numbers && \
                 ln -s ../a tree/a/link && ln tree/a/numbers tree/same && chmod 4711 tree/same && \
                 chown 1000:1001 tree/empty && truncate -s 20M tree/hole && \
                 echo ü > \"tree/$(printf 'n\\303\\274 x')\"";
-    context.shell(made, grow).await?;
+    talk.shell(grow).await?;
     let describe = |root: &str| {
         format!(
             "cd {root} && find . -mindepth 1 -printf '%p %m %U:%G %s %l %T@\\n' | sort && \
              find . -type f -exec sha256sum {{}} + | sort"
         )
     };
-    let before = context.shell(made, &describe("tree")).await?;
+    let before = talk.shell(&describe("tree")).await?;
     let pack = PackTree {
         path: b"tree".to_vec(),
         checksum: true,
@@ -331,7 +330,7 @@ async fn trees(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     })?;
     write(talk, &write_request("ours.tar"), &archive).await?;
     let untar = "mkdir theirs && tar -C theirs -xpf ours.tar";
-    context.shell(made, untar).await?;
+    talk.shell(untar).await?;
     let unpack = UnpackTree {
         path: b"ours".to_vec(),
         owners: true,
@@ -343,14 +342,14 @@ async fn trees(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     let done: TreeUnpacked = stream.message().await?;
     ensure(done.entries >= 9, || format!("{done:?}"))?;
     for root in ["theirs", "ours"] {
-        let after = context.shell(made, &describe(root)).await?;
+        let after = talk.shell(&describe(root)).await?;
         ensure(after == before, || {
             format!("{root}:\n{after}\nbefore:\n{before}")
         })?;
     }
     // And an archive of Debian's tar.
     let packed = "tar -C tree --format=posix --sparse -cf theirs.tar .";
-    context.shell(made, packed).await?;
+    talk.shell(packed).await?;
     let (archive, _) = read(talk, &read_request("theirs.tar")).await?;
     let again = UnpackTree {
         path: b"again".to_vec(),
@@ -361,11 +360,11 @@ async fn trees(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     stream.send(&WriteEnd { blake3: None }).await?;
     stream.message::<TreeUnpacked>().await?;
     let same = "diff -r --no-dereference tree again && echo same";
-    let said = context.shell(made, same).await?;
+    let said = talk.shell(same).await?;
     ensure(said == "same", || said.clone())
 }
 
-async fn watching(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn watching(talk: &Talk<'_>) -> Result<(), Failure> {
     let watch = WatchFiles {
         path: b"tree".to_vec(),
         recursive: true,
@@ -373,8 +372,7 @@ async fn watching(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), F
     let mut stream = talk.begin(&watch).await?;
     let started: WatchStarted = stream.message().await?;
     ensure(started.watched == 4, || format!("{started:?}"))?;
-    context
-        .shell(made, "mkdir tree/new && sleep 1 && echo x > tree/new/file")
+    talk.shell("mkdir tree/new && sleep 1 && echo x > tree/new/file")
         .await?;
     let mut seen = Vec::new();
     while !seen.contains(&(FileChange::Closed, b"new/file".to_vec())) {
@@ -388,10 +386,10 @@ async fn watching(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), F
 }
 
 /// Each says what, where and why.
-async fn refusals(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn refusals(talk: &Talk<'_>) -> Result<(), Failure> {
     let mounts = "mkdir -p full sealed && mount -t tmpfs -o size=1m tmpfs full && \
                   mount -t tmpfs -o ro tmpfs sealed";
-    context.shell(made, mounts).await?;
+    talk.shell(mounts).await?;
     let long = format!("deep/{}", "n".repeat(256));
     let cases = [
         ("missing", ErrorCode::NoSuchFile, "ENOENT"),
@@ -421,6 +419,6 @@ async fn refusals(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), F
     // The refusal may come, and end the stream, while the rest is still being sent.
     let _ = data(&mut stream, &noise(2 * MIB)).await;
     is(&stream.error().await?, ErrorCode::NoSpace)?;
-    let left = context.shell(made, "ls -A full; cat full/file").await?;
+    let left = talk.shell("ls -A full; cat full/file").await?;
     ensure(left == "file\nold", || left.clone())
 }

@@ -20,25 +20,25 @@ pub(crate) async fn a_vm_knows_the_time_its_names_and_how_it_does(
 ) -> Result<(), Failure> {
     let made = context.create().await?;
     let talk = Talk::with(context, &made).await?;
-    part("the clock", clock(context, &made, &talk)).await?;
-    part("names", names(context, &made)).await?;
-    part("health", health(context, &made, &talk)).await?;
-    part("ports", ports(context, &made, &talk)).await?;
+    part("the clock", clock(context, &talk)).await?;
+    part("names", names(&made, &talk)).await?;
+    part("health", health(&made, &talk)).await?;
+    part("ports", ports(&talk)).await?;
     context.delete(&made).await
 }
 
-async fn health_report(talk: &Talk) -> Result<HealthReport, Failure> {
+async fn health_report(talk: &Talk<'_>) -> Result<HealthReport, Failure> {
     talk.ask(&Health {}).await
 }
 
 /// The host's clock is read before and after the guest's, so that it does not matter how long
 /// anything takes where everything is emulated.
-async fn clock(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn clock(context: &Context, talk: &Talk<'_>) -> Result<(), Failure> {
     let mut probe = context.probe().await?;
     let ptp = "cat /sys/class/ptp/*/clock_name 2> /dev/null; true";
-    let ptp = context.shell(made, ptp).await?;
+    let ptp = talk.shell(ptp).await?;
     let source = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
-    let source = context.shell(made, source).await?;
+    let source = talk.shell(source).await?;
     println!("                   clock source: {source}; PTP clocks: {ptp:?}");
 
     let before: u64 = probe.run("date +%s").await?.trim().parse()?;
@@ -67,24 +67,24 @@ async fn clock(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     )
 }
 
-async fn names(context: &Context, made: &VmInfo) -> Result<(), Failure> {
+async fn names(made: &VmInfo, talk: &Talk<'_>) -> Result<(), Failure> {
     let id = made.id.to_string();
     let short = id.trim_start_matches("vm-").get(..4).unwrap_or_default();
     let name = format!("supvm-{short}");
     let said = "uname -n; cat /proc/sys/kernel/hostname /etc/hostname";
-    let said = context.shell(made, said).await?;
+    let said = talk.shell(said).await?;
     ensure(said == format!("{name}\n{name}\n{name}"), || said.clone())?;
     let hosts = "python3 -c 'import socket; print(socket.gethostbyname(socket.gethostname()), socket.gethostbyname(\"localhost\"))'";
-    let hosts = context.shell(made, hosts).await?;
+    let hosts = talk.shell(hosts).await?;
     ensure(
         hosts.starts_with("127.") && hosts.ends_with(" 127.0.0.1"),
         || hosts.clone(),
     )?;
-    let resolver = context.shell(made, "cat /etc/resolv.conf").await?;
+    let resolver = talk.shell("cat /etc/resolv.conf").await?;
     ensure(resolver.contains("nameserver 10.213.0.1"), || {
         resolver.clone()
     })?;
-    let machine = context.shell(made, "cat /etc/machine-id").await?;
+    let machine = talk.shell("cat /etc/machine-id").await?;
     ensure(
         machine.len() == 32
             && machine.bytes().all(|byte| byte.is_ascii_hexdigit())
@@ -93,13 +93,13 @@ async fn names(context: &Context, made: &VmInfo) -> Result<(), Failure> {
     )
 }
 
-async fn health(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn health(made: &VmInfo, talk: &Talk<'_>) -> Result<(), Failure> {
     let sleeping = talk.start_log(&shell("exec sleep 7010")?).await?;
     let report = health_report(talk).await?;
     println!("                   {report:?}");
     let memory = u64::from(made.memory_mib) * MIB;
     let disk = u64::from(made.disk_mib) * MIB;
-    let uptime = context.shell(made, "cut -d . -f 1 /proc/uptime").await?;
+    let uptime = talk.shell("cut -d . -f 1 /proc/uptime").await?;
     let uptime: u64 = uptime.parse()?;
     // The kernel keeps a part of both for itself.
     let part_of = |some: u64, all: u64| some > all / 4 * 3 && some <= all;
@@ -127,7 +127,7 @@ async fn health(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fai
 }
 
 /// Opens a connection to a port, or says how it was refused.
-async fn dial(talk: &Talk, port: u16) -> Result<Result<WireStream, ErrorBody>, Failure> {
+async fn dial(talk: &Talk<'_>, port: u16) -> Result<Result<WireStream, ErrorBody>, Failure> {
     let mut stream = talk.begin(&Dial { port }).await?;
     let frame = stream.frame().await?;
     let frame = frame.ok_or_else(|| Failure::new("no answer to a dial"))?;
@@ -138,7 +138,7 @@ async fn dial(talk: &Talk, port: u16) -> Result<Result<WireStream, ErrorBody>, F
     Ok(Ok(stream))
 }
 
-async fn ports(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn ports(talk: &Talk<'_>) -> Result<(), Failure> {
     for port in [0, u16::try_from(AGENT_PORT)?] {
         talk.refused(&Dial { port }, ErrorCode::InvalidArgument)
             .await?;
@@ -146,11 +146,7 @@ async fn ports(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Fail
     let nobody = ErrorCode::ConnectionRefused;
     let port = 3000;
     talk.refused(&Dial { port }, nobody).await?;
-    context
-        .shell(
-            made,
-            "mkdir -p site && seq 1 200000 > site/numbers && echo hello > site/hello",
-        )
+    talk.shell("mkdir -p site && seq 1 200000 > site/numbers && echo hello > site/hello")
         .await?;
     let server = "cd site && exec python3 -m http.server --bind 127.0.0.1 3000";
     talk.start_log(&shell(server)?).await?;

@@ -8,7 +8,6 @@ use protocol::processes::{
     AttachFrom, AttachProcess, KillProcess, ListProcesses, ProcessInfo, ProcessPage,
     ProcessRemoved, RemoveProcess, SendSignal, StdinWritten, WriteStdin,
 };
-use protocol::vm::VmInfo;
 use protocol::{ErrorCode, Kind};
 
 use super::talk::{self, Talk, eventually, follow, part, shell, until};
@@ -46,7 +45,7 @@ pub(crate) async fn a_process_outlives_its_client_and_obeys_the_next_one(
 }
 
 /// Lists it, reads what it said, follows, writes to it, closes its input and waits.
-async fn second_client(talk: &Talk, request: &StartProcess) -> Result<(), Failure> {
+async fn second_client(talk: &Talk<'_>, request: &StartProcess) -> Result<(), Failure> {
     let id = request.id;
     talk.until_said(id, 8).await?;
     let page: ProcessPage = talk.ask(&ListProcesses { after: 0 }).await?;
@@ -100,7 +99,7 @@ async fn second_client(talk: &Talk, request: &StartProcess) -> Result<(), Failur
     ensure(tail.merged == "four\nbye\n", || format!("{tail:?}"))
 }
 
-async fn repeated_start(talk: &Talk) -> Result<(), Failure> {
+async fn repeated_start(talk: &Talk<'_>) -> Result<(), Failure> {
     let request = shell("echo $$ >> starts; echo up; sleep 1; exit 3")?;
     let mut both = [talk.begin(&request).await?, talk.begin(&request).await?];
     for stream in &mut both {
@@ -109,9 +108,8 @@ async fn repeated_start(talk: &Talk) -> Result<(), Failure> {
             format!("{said:?}, {ended:?}")
         })?;
     }
-    let count = shell("wc -l < starts")?;
-    let (said, _) = follow(&mut talk.begin(&count).await?).await?;
-    ensure(said.trim() == "1", || format!("{said:?} starts"))?;
+    let count = talk.shell("wc -l < starts").await?;
+    ensure(count == "1", || format!("{count} starts"))?;
     let other = StartProcess {
         command: vec![b"true".to_vec()],
         ..request
@@ -120,7 +118,7 @@ async fn repeated_start(talk: &Talk) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn signals_and_kills(talk: &Talk) -> Result<(), Failure> {
+async fn signals_and_kills(talk: &Talk<'_>) -> Result<(), Failure> {
     // What it is told by name it can answer.
     let request = shell("trap 'echo heard; exit 5' USR1; echo up; while :; do sleep 0.1; done")?;
     let id = talk.start_log(&request).await?;
@@ -144,13 +142,9 @@ async fn signals_and_kills(talk: &Talk) -> Result<(), Failure> {
         ended.is_some_and(|one| one.end == ProcessEnd::Killed && one.exit_code == code)
     };
     ensure(killed(&info, 137), || format!("{info:?}"))?;
-    let left = shell("pgrep -f '[s]leep 7001'; true")?;
     eventually("its child is gone too", async || {
-        let again = StartProcess {
-            id: shell("")?.id,
-            ..left.clone()
-        };
-        Ok(follow(&mut talk.begin(&again).await?).await?.0.is_empty())
+        let left = talk.shell("pgrep -f '[s]leep 7001'; true").await?;
+        Ok(left.is_empty())
     })
     .await?;
     // What hears needs no more than SIGTERM.
@@ -160,23 +154,22 @@ async fn signals_and_kills(talk: &Talk) -> Result<(), Failure> {
     ensure(killed(&info, 143), || format!("{info:?}"))
 }
 
-async fn background_child(talk: &Talk) -> Result<(), Failure> {
+async fn background_child(talk: &Talk<'_>) -> Result<(), Failure> {
     let request = shell("sleep 7003 & echo done")?;
     let (said, ended) = follow(&mut talk.begin(&request).await?).await?;
     ensure(
         said == "done\n" && ended.end == ProcessEnd::Exited && ended.output_open,
         || format!("{said:?}, {ended:?}"),
     )?;
-    let there = shell("pgrep -f '[s]leep 7003' | wc -l")?;
-    let (said, _) = follow(&mut talk.begin(&there).await?).await?;
-    ensure(said.trim() == "1", || format!("{said:?} are left"))
+    let left = talk.shell("pgrep -f '[s]leep 7003' | wc -l").await?;
+    ensure(left == "1", || format!("{left} are left"))
 }
 
 pub(crate) async fn a_terminal_feels_local(context: &mut Context) -> Result<(), Failure> {
     let made = context.create().await?;
     let talk = Talk::with(context, &made).await?;
     part("its size", terminal_size(&talk)).await?;
-    part("control-C", control_c(context, &made, &talk)).await?;
+    part("control-C", control_c(&talk)).await?;
     context.delete(&made).await
 }
 
@@ -190,7 +183,7 @@ fn on_terminal(request: StartProcess) -> StartProcess {
     }
 }
 
-async fn terminal_size(talk: &Talk) -> Result<(), Failure> {
+async fn terminal_size(talk: &Talk<'_>) -> Result<(), Failure> {
     let line =
         "tty; stty size; trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
     let mut stream = talk.begin(&on_terminal(shell(line)?)).await?;
@@ -212,7 +205,7 @@ async fn terminal_size(talk: &Talk) -> Result<(), Failure> {
 
 /// A shell that somebody types at: control-C ends what runs in it and not the shell, which goes on
 /// for the next client.
-async fn control_c(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), Failure> {
+async fn control_c(talk: &Talk<'_>) -> Result<(), Failure> {
     let mut request = on_terminal(shell("")?);
     request.mode = CommandMode::Argv;
     request.command = vec![b"sh".to_vec(), b"-i".to_vec()];
@@ -222,7 +215,7 @@ async fn control_c(context: &Context, made: &VmInfo, talk: &Talk) -> Result<(), 
     until(&mut stream, "ready> ").await?;
     stream.send_raw(Kind::STDIN, b"sleep 7004\n").await?;
     let foreground = "for i in $(seq 300); do ps -o stat= -C sleep | grep -q '+' && exit; sleep 0.1; done; exit 1";
-    context.shell(made, foreground).await?;
+    talk.shell(foreground).await?;
     stream.send_raw(Kind::STDIN, &[3]).await?;
     until(&mut stream, "ready> ").await?;
     stream.send_raw(Kind::STDIN, b"echo was $?\n").await?;

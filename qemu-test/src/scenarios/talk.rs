@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use protocol::id::ProcessId;
 use protocol::process::{
-    CommandMode, OutputGap, OutputMode, ProcessEnded, ProcessStarted, StartProcess, StdinMode,
+    CommandMode, OutputGap, OutputMode, ProcessEnd, ProcessEnded, ProcessStarted, StartProcess,
+    StdinMode,
 };
 use protocol::processes::{
     AttachFrom, AttachProcess, OutputReplayed, ProcessAttached, ProcessInfo, WaitProcess,
@@ -16,10 +17,12 @@ use tokio::time::{Instant, sleep};
 
 use super::wire::{PATIENCE, Wire, WireStream};
 use super::{Context, Failure, ensure};
+use crate::appliance::Appliance;
 use crate::vm;
 
 /// A connection of its own whose streams all lead to one VM's agent.
-pub(crate) struct Talk {
+pub(crate) struct Talk<'a> {
+    appliance: &'a Appliance,
     wire: Wire,
     vm: VmRef,
 }
@@ -36,12 +39,22 @@ pub(crate) struct Replay {
     pub(crate) end: Result<ProcessEnded, u64>,
 }
 
-impl Talk {
+impl<'a> Talk<'a> {
     /// Connects as a client of its own.
-    pub(crate) async fn with(context: &Context, made: &VmInfo) -> Result<Self, Failure> {
+    pub(crate) async fn with(context: &'a Context, made: &VmInfo) -> Result<Self, Failure> {
         Ok(Self {
+            appliance: &context.appliance,
             wire: Wire::let_in(&context.appliance).await?,
             vm: vm::reference(made),
+        })
+    }
+
+    /// Another client of the same VM.
+    pub(crate) async fn another(&self) -> Result<Self, Failure> {
+        Ok(Self {
+            appliance: self.appliance,
+            wire: Wire::let_in(self.appliance).await?,
+            vm: self.vm.clone(),
         })
     }
 
@@ -77,6 +90,16 @@ impl Talk {
         let error = self.begin(request).await?.error().await?;
         is(&error, code)?;
         Ok(error)
+    }
+
+    /// Runs a shell line that must succeed and gives its output without the last line end.
+    pub(crate) async fn shell(&self, line: &str) -> Result<String, Failure> {
+        let (said, ended) = follow(&mut self.begin(&shell(line)?).await?).await?;
+        ensure(
+            ended.end == ProcessEnd::Exited && ended.exit_code == 0,
+            || format!("`{line}`: {said:?}, {ended:?}"),
+        )?;
+        Ok(said.trim_end().to_owned())
     }
 
     /// Starts what nobody follows.
