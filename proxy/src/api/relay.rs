@@ -21,9 +21,12 @@ pub(crate) async fn relay(client: &mut Compat<Stream>, agent: &mut UnixStream) -
     let mut up = Way::new(Refusal::Discards);
     let mut down = Way::new(Refusal::Ends);
     poll_fn(|cx| {
-        let up_ended = up.poll(cx, client, agent)?;
         // A reset reads like an end, but leaves the stream closed both ways before we closed ours.
-        if client.get_ref().is_closed() && !down.closed {
+        // It is never passed on as an end: to an agent that means that the input is over.
+        let closed = down.closed;
+        let is_reset = |client: &Compat<Stream>| client.get_ref().is_closed() && !closed;
+        let up_ended = up.poll(cx, client, agent, is_reset)?;
+        if is_reset(client) {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         if up_ended.is_pending() && !up.is_empty() {
@@ -31,7 +34,7 @@ pub(crate) async fn relay(client: &mut Compat<Stream>, agent: &mut UnixStream) -
             // to be woken when the client's stream changes, be it by a reset.
             let _ = Pin::new(&mut *client).poll_read(cx, &mut ReadBuf::new(&mut []));
         }
-        let down_ended = down.poll(cx, agent, client)?;
+        let down_ended = down.poll(cx, agent, client, |_| false)?;
         // Nobody takes what the client sends, and it has been told that nothing more comes.
         let deaf = up.discarding && down.closed;
         if down_ended.is_ready() && (up_ended.is_ready() || deaf) {
@@ -86,12 +89,14 @@ impl Way {
         self.start >= self.end
     }
 
-    /// Moves bytes until either side has to be waited for; ready when the end was passed on.
+    /// Moves bytes until either side has to be waited for; ready when the end was passed on. Whether
+    /// what reads like an end is one `is_reset` says.
     fn poll<R, W>(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
+        is_reset: impl Fn(&R) -> bool,
     ) -> Poll<io::Result<()>>
     where
         R: AsyncRead + Unpin,
@@ -135,6 +140,9 @@ impl Way {
                         self.start = 0;
                         self.end = room.filled().len();
                         self.ended = self.end == 0;
+                        if self.ended && is_reset(reader) {
+                            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+                        }
                     }
                     Poll::Pending => {
                         if self.unflushed && !self.discarding {
@@ -158,5 +166,34 @@ impl Way {
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    /// How a way goes whose reader has ended, and whether its writer was told of an end.
+    async fn ends(is_reset: bool) -> (io::Result<()>, bool) {
+        let (mut reader, far) = tokio::io::duplex(64);
+        drop(far);
+        let (writer, mut agent) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+        writer.set_nonblocking(true).expect("non-blocking");
+        agent.set_nonblocking(true).expect("non-blocking");
+        let mut writer = UnixStream::from_std(writer).expect("a stream");
+        let mut way = Way::new(Refusal::Discards);
+        let result = poll_fn(|cx| way.poll(cx, &mut reader, &mut writer, |_| is_reset)).await;
+        // An end reads as nothing; while there is none, reading would block.
+        (result, agent.read(&mut [0]).is_ok())
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_never_passed_on_as_the_end_of_the_input() {
+        let (result, told) = ends(false).await;
+        assert!(result.is_ok() && told);
+        let (result, told) = ends(true).await;
+        assert!(result.is_err() && !told);
     }
 }

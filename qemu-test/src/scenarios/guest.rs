@@ -1,7 +1,14 @@
 //! The system inside a VM: its disk's size, its packages, what its kernel can do.
 
+use std::time::Duration;
+
+use client::Command;
+
 use super::{Context, Failure, ensure};
 use crate::vm;
+
+/// Asks the kernel for what the programs of others will ask of it.
+const KERNEL: &str = include_str!("kernel.py");
 
 pub(crate) async fn the_disk_grows_to_what_was_asked_for(
     context: &mut Context,
@@ -42,6 +49,15 @@ pub(crate) async fn the_system_inside_is_clean_and_can_do_what_containers_need(
     ] {
         context.shell(&made, line).await?;
     }
+    let namespaces = [
+        "unshare", "--net", "--mount", "--ipc", "python3", "-c", KERNEL,
+    ];
+    let checks = Command::argv(namespaces).deadline(Duration::from_secs(150));
+    let done = vm::run(&context.client, &made, checks).await?;
+    ensure(
+        done.succeeded() && done.stdout.lines().count() == 10,
+        || format!("{}{}{:?}", done.stdout, done.stderr, done.ended),
+    )?;
     let modules = context
         .shell(&made, "cat /proc/modules 2>/dev/null | wc -l")
         .await?;

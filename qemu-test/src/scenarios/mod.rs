@@ -6,11 +6,15 @@ mod bad_input;
 mod boot_deadline;
 mod confinement;
 mod endings;
+mod files;
 mod guest;
 mod host;
+mod housekeeping;
 mod lifecycle;
 mod output;
+mod processes;
 mod restart;
+mod talk;
 mod wire;
 
 use std::fmt;
@@ -67,7 +71,11 @@ scenarios! {
     lifecycle::commands_get_arguments_environment_and_directory, 180, DEFAULT;
     lifecycle::a_create_repeated_with_its_key_makes_one_vm, 180, DEFAULT;
     guest::the_disk_grows_to_what_was_asked_for, 180, DEFAULT;
-    guest::the_system_inside_is_clean_and_can_do_what_containers_need, 240, DEFAULT;
+    guest::the_system_inside_is_clean_and_can_do_what_containers_need, 420, DEFAULT;
+    processes::a_process_outlives_its_client_and_obeys_the_next_one, 240, DEFAULT;
+    processes::a_terminal_feels_local, 180, DEFAULT;
+    files::files_go_both_ways_whole_or_not_at_all, 300, DEFAULT;
+    housekeeping::a_vm_knows_the_time_its_names_and_how_it_does, 240, DEFAULT;
     agent::limits_end_a_command_with_their_reason, 240, DEFAULT;
     agent::the_agent_outlives_whatever_its_commands_do, 480, DEFAULT;
     bad_input::requests_that_cannot_be_served_are_refused_by_name, 180, DEFAULT;

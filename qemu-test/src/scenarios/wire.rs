@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use protocol::hello::{GENERATION, Hello};
-use protocol::{Frame, FrameReader, Message};
+use protocol::{Frame, FrameReader, Kind, Message};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -119,7 +119,7 @@ impl Wire {
         first.send(&hello).await?;
         let answer = first.frame().await?;
         match answer {
-            Some(frame) if frame.kind == protocol::Kind::HELLO_OK => {
+            Some(frame) if frame.kind == Kind::HELLO_OK => {
                 wire.first = Some(first);
                 Ok(wire)
             }
@@ -161,6 +161,32 @@ impl WireStream {
         Ok(self.io.flush().await?)
     }
 
+    /// Sends a frame of raw bytes.
+    pub(crate) async fn send_raw(&mut self, kind: Kind, body: &[u8]) -> Result<(), Failure> {
+        let mut bytes = Vec::new();
+        protocol::frame::append(&mut bytes, kind, body)?;
+        self.send_bytes(&bytes).await
+    }
+
+    /// Says that nothing more will be sent; what comes is still read.
+    pub(crate) async fn end(&mut self) -> Result<(), Failure> {
+        Ok(self.io.shutdown().await?)
+    }
+
+    /// Everything behind the frames that were read, to the stream's end.
+    pub(crate) async fn rest(&mut self) -> Result<Vec<u8>, Failure> {
+        let mut bytes = std::mem::take(&mut self.pending);
+        timeout(PATIENCE, self.io.read_to_end(&mut bytes)).await??;
+        Ok(bytes)
+    }
+
+    /// The message that must come next.
+    pub(crate) async fn message<M: Message>(&mut self) -> Result<M, Failure> {
+        let frame = self.frame().await?;
+        let frame = frame.ok_or_else(|| Failure::new("the stream ended before its answer"))?;
+        Ok(protocol::decode(&frame)?)
+    }
+
     /// The next frame; none at the stream's end.
     pub(crate) async fn frame(&mut self) -> Result<Option<Frame>, Failure> {
         timeout(PATIENCE, self.next_frame()).await?
@@ -190,7 +216,7 @@ impl WireStream {
     pub(crate) async fn error(&mut self) -> Result<protocol::ErrorBody, Failure> {
         let frame = self.frame().await?;
         match frame {
-            Some(frame) if frame.kind == protocol::Kind::ERROR => {
+            Some(frame) if frame.kind == Kind::ERROR => {
                 Ok(protocol::message::decode_body(&frame.body)?)
             }
             other => Err(Failure::new(format!("expected an error, got {other:?}"))),
