@@ -106,11 +106,7 @@ fn more_processes_than_can_be_looked_after_are_refused_by_name() {
     client.send(&argv(&["true"]));
     assert_eq!(client.error().code, protocol::ErrorCode::TooManyProcesses);
     for id in ids {
-        let grace_ms = Some(0);
-        let kill = protocol::processes::KillProcess { id, grace_ms };
-        agent
-            .ask::<_, protocol::processes::ProcessInfo>(&kill)
-            .unwrap();
+        agent.kill(id, Some(0)).unwrap();
     }
     assert_eq!(agent.run(&argv(&["true"])).ended.exit_code, 0);
 }

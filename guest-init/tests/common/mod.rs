@@ -18,7 +18,8 @@ use protocol::process::{
     StdinMode,
 };
 use protocol::processes::{
-    AttachFrom, AttachProcess, OutputReplayed, ProcessAttached, ProcessInfo, WaitProcess,
+    AttachFrom, AttachProcess, KillProcess, OutputReplayed, ProcessAttached, ProcessInfo,
+    WaitProcess,
 };
 use protocol::{ErrorBody, Frame, FrameReader, Kind, frame};
 
@@ -253,6 +254,11 @@ impl Agent {
     pub fn look(&self, id: ProcessId) -> Result<ProcessInfo, ErrorBody> {
         let timeout_ms = Some(0);
         self.ask(&WaitProcess { id, timeout_ms })
+    }
+
+    /// Ends it and what it started; gives what became of it.
+    pub fn kill(&self, id: ProcessId, grace_ms: Option<u32>) -> Result<ProcessInfo, ErrorBody> {
+        self.ask(&KillProcess { id, grace_ms })
     }
 
     /// Starts what nobody follows.
