@@ -197,6 +197,11 @@ impl Output {
                     last.source == source && last.data.len().saturating_add(count) <= MAX_DATA;
                 match Arc::get_mut(&mut last.data) {
                     Some(data) if fits => {
+                        // It doubles as a vector does, but never takes more than it may fill.
+                        if data.capacity().saturating_sub(data.len()) < count {
+                            let left = MAX_DATA.saturating_sub(data.len());
+                            data.reserve_exact(data.len().max(count).min(left));
+                        }
                         data.extend_from_slice(bytes);
                         true
                     }
@@ -352,6 +357,19 @@ mod tests {
         scratch.resize(MAX_DATA.max(bytes.len()), 0);
         output.append(Source::Stdout, &mut scratch, bytes.len());
         assert_eq!(scratch.len(), MAX_DATA);
+    }
+
+    #[test]
+    fn small_pieces_that_were_joined_take_no_more_memory_than_a_frame() {
+        let mut output = Output::new(true, true);
+        for _ in 0..40 {
+            put(&mut output, &[7; 10_000]);
+        }
+        assert!(output.chunks.len() > 1);
+        for chunk in &output.chunks {
+            let capacity = chunk.data.capacity();
+            assert!(capacity <= MAX_DATA, "{capacity}");
+        }
     }
 
     #[test]
