@@ -9,19 +9,12 @@ use std::io::Write;
 
 use common::{Agent, argv, eventually, shell};
 use protocol::process::{StartProcess, StdinMode};
-use protocol::processes::{AttachFrom, AttachProcess, KillProcess, ProcessInfo, WriteStdin};
+use protocol::processes::{AttachFrom, AttachProcess, WriteStdin};
 use protocol::{ErrorCode, Kind, frame};
 
 /// What the agent may use, in KiB, whatever a client does. Tens of streams with a thread and buffers
 /// each are in it, and no output that waits beyond them: that would be gigabytes.
 const MEMORY: u64 = 32 << 10;
-
-fn kill(agent: &Agent, id: protocol::id::ProcessId) {
-    let grace_ms = Some(0);
-    agent
-        .ask::<_, ProcessInfo>(&KillProcess { id, grace_ms })
-        .unwrap();
-}
 
 #[test]
 fn a_garbled_body_of_every_request_is_refused_by_name() {
@@ -93,7 +86,7 @@ fn readers_that_never_read_cost_little_and_hold_up_nobody_else() {
     });
     assert!(agent.status_kib("VmRSS") < MEMORY);
     assert_eq!(agent.shell("echo fine").text(), "fine\n");
-    kill(&agent, id);
+    agent.kill(id, Some(0)).unwrap();
     drop(stuck);
 }
 
@@ -141,7 +134,7 @@ fn input_without_end_for_a_process_that_does_not_read_is_held_back() {
         .collect();
     let used = agent.status_kib("VmRSS");
     assert!(used < MEMORY, "{used} KiB");
-    kill(&agent, id);
+    agent.kill(id, Some(0)).unwrap();
     for mut writer in writers {
         // Whichever was seen first: the closed pipe or the end.
         let ends = [ErrorCode::InputClosed, ErrorCode::ProcessNotRunning];

@@ -217,19 +217,19 @@ impl std::error::Error for ErrorBody {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{decode_body, encode};
+    use crate::message::decode_body;
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_error() {
         let error = ErrorBody::host(ErrorCode::BootTimeout, "no")
             .retryable_after_ms(300)
             .with_detail("x");
-        let bytes = encode(&error).unwrap();
-        assert_eq!(
-            bytes,
-            [
-                10, 0, 0, 0, 0x00, 0x00, 0, 12, 2, 2, 0xac, 0x02, 2, b'n', b'o', 1, b'x'
-            ]
+        golden(
+            &error,
+            &[
+                10, 0, 0, 0, 0x00, 0x00, 0, 12, 2, 2, 0xac, 0x02, 2, b'n', b'o', 1, b'x',
+            ],
         );
     }
 

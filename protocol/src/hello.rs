@@ -55,7 +55,7 @@ messages! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::encode;
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_hello() {
@@ -63,10 +63,7 @@ mod tests {
             generation: 1,
             token: "ab".into(),
         };
-        assert_eq!(
-            encode(&hello).unwrap(),
-            [4, 0, 0, 0, 0x01, 0x00, 0, 1, 2, b'a', b'b']
-        );
+        golden(&hello, &[4, 0, 0, 0, 0x01, 0x00, 0, 1, 2, b'a', b'b']);
     }
 
     #[test]
@@ -82,9 +79,9 @@ mod tests {
             generation: 1,
             limits,
         };
-        assert_eq!(
-            encode(&hello).unwrap(),
-            [7, 0, 0, 0, 0x02, 0x00, 0, 1, 0x80, 0x02, 1, 2, 3, 4]
+        golden(
+            &hello,
+            &[7, 0, 0, 0, 0x02, 0x00, 0, 1, 0x80, 0x02, 1, 2, 3, 4],
         );
     }
 }

@@ -108,3 +108,20 @@ impl From<MessageError> for ErrorBody {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! What the tests of all messages share.
+
+    use std::fmt::Debug;
+
+    use super::{Message, decode_body, encode};
+    use crate::frame::HEADER_LEN;
+
+    /// The frame is these bytes, and these bytes are the message.
+    #[track_caller]
+    pub(crate) fn golden<M: Message + PartialEq + Debug>(message: &M, bytes: &[u8]) {
+        assert_eq!(encode(message).unwrap(), bytes);
+        assert_eq!(&decode_body::<M>(&bytes[HEADER_LEN..]).unwrap(), message);
+    }
+}

@@ -163,17 +163,7 @@ messages! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{Message, decode_body, encode};
-
-    /// The frame is these bytes, and these bytes are the message.
-    #[track_caller]
-    fn golden<M: Message + PartialEq + std::fmt::Debug>(message: &M, bytes: &[u8]) {
-        assert_eq!(encode(message).unwrap(), bytes);
-        assert_eq!(
-            &decode_body::<M>(&bytes[crate::frame::HEADER_LEN..]).unwrap(),
-            message
-        );
-    }
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_start() {

@@ -187,7 +187,8 @@ messages! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{Message, decode_body, encode};
+    use crate::message::Message;
+    use crate::message::testing;
     use crate::process::ProcessEnd;
 
     const ID: ProcessId = ProcessId([9; 16]);
@@ -198,8 +199,7 @@ mod tests {
         let body = body.concat();
         let mut bytes = vec![body.len() as u8, 0, 0, 0, kind, 2, 0];
         bytes.extend_from_slice(&body);
-        assert_eq!(encode(message).unwrap(), bytes);
-        assert_eq!(&decode_body::<M>(&body).unwrap(), message);
+        testing::golden(message, &bytes);
     }
 
     fn info() -> (ProcessInfo, Vec<u8>) {

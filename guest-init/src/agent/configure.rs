@@ -9,7 +9,7 @@ use protocol::agent::{Configure, Configured, SetTime, TimeSet};
 use protocol::{ErrorBody, ErrorCode};
 
 use super::process::check_key;
-use super::{Agent, Machine, lock};
+use super::{Agent, Machine, clock, lock};
 use crate::log;
 use crate::system::{disk, identity, kernel};
 
@@ -111,6 +111,7 @@ fn apply(request: &Configure, servers: &[IpAddr]) -> Result<(), ErrorBody> {
         |error: kernel::KernelError| ErrorBody::guest(ErrorCode::Internal, error.to_string());
     kernel::set_hostname(&request.hostname).map_err(internal)?;
     kernel::set_clock(request.unix_ns).map_err(internal)?;
+    clock::begin();
     kernel::add_entropy(&request.entropy).map_err(internal)?;
     for problem in identity::write(
         Path::new("/"),

@@ -25,7 +25,7 @@ use protocol::agent::AGENT_PORT;
 use super::file::Uploads;
 use super::poll::{self, Interest};
 use super::process::{self, Drain, Registry, Terminals};
-use super::{Agent, LOGS, Machine, WORKSPACE};
+use super::{Agent, LOGS, Machine, WORKSPACE, start_thread};
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::log;
 use crate::reaper::Reaper;
@@ -42,6 +42,8 @@ const SIGNAL_GRACE: Duration = Duration::from_secs(5);
 const DESCRIPTORS: u64 = 65_536;
 /// The most that a process may raise that to.
 const MAX_DESCRIPTORS: u64 = 524_288;
+
+const NO_THREAD: &str = "start a thread";
 
 /// Why the agent cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -196,13 +198,16 @@ impl Agent {
             powering_off: AtomicBool::new(false),
         });
         let receiver = Arc::clone(&agent);
-        start_thread("signals", move || restart(|| receiver.receive(&signals)))?;
+        start_thread("signals", move || restart(|| receiver.receive(&signals)))
+            .map_err(system(NO_THREAD))?;
         let drainer = Arc::clone(&agent);
-        start_thread("drain", move || restart(|| drainer.drain.run()))?;
+        start_thread("drain", move || restart(|| drainer.drain.run()))
+            .map_err(system(NO_THREAD))?;
         let writer = Arc::clone(&agent);
         start_thread("logs", move || {
             restart(|| writer.registry.logs.run(|one| writer.registry.trim(one)));
-        })?;
+        })
+        .map_err(system(NO_THREAD))?;
         Ok(agent)
     }
 
@@ -271,18 +276,6 @@ fn restart(run: impl Fn()) {
         log::error(format_args!("event=helper_panicked"));
         std::thread::sleep(RECOVER);
     }
-}
-
-fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), ListenError> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(super::STACK)
-        .spawn(run)
-        .map(drop)
-        .map_err(|error| ListenError::System {
-            what: "start a thread",
-            errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)),
-        })
 }
 
 fn raise_descriptor_limit(machine: Machine) -> Result<(), Errno> {

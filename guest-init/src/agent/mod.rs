@@ -19,6 +19,7 @@
     )
 )]
 
+mod clock;
 mod configure;
 mod dial;
 mod file;
@@ -39,6 +40,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::errno::Errno;
 use protocol::agent::{Configure, Dial, Health, PowerOff, SetTime};
 use protocol::message::decode_body;
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
@@ -250,6 +252,16 @@ fn contain(serve: impl FnOnce() -> Result<(), StreamError>) -> bool {
             false
         }
     }
+}
+
+/// Starts one of the agent's own threads.
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Errno> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK)
+        .spawn(run)
+        .map(drop)
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))
 }
 
 /// One of the places for streams.

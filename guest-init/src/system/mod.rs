@@ -5,3 +5,4 @@ pub(crate) mod disk;
 pub(crate) mod files;
 pub(crate) mod identity;
 pub(crate) mod kernel;
+pub(crate) mod ptp;

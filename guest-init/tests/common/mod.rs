@@ -18,12 +18,19 @@ use protocol::process::{
     StdinMode,
 };
 use protocol::processes::{
-    AttachFrom, AttachProcess, OutputReplayed, ProcessAttached, ProcessInfo, WaitProcess,
+    AttachFrom, AttachProcess, KillProcess, OutputReplayed, ProcessAttached, ProcessInfo,
+    WaitProcess,
 };
 use protocol::{ErrorBody, Frame, FrameReader, Kind, frame};
 
 /// Long enough for a busy machine; a test that waits so long has found a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What one process's output may cost the agent, in KiB of memory of its own: its window of 1 MiB,
+/// the same again while the log writes what has just left the window, 1 MiB of spare buffers, half a
+/// mebibyte for everything else; and half of that again for what the allocator cannot give back. The
+/// program's own file is not in it: 4 MiB of that may be in memory in a test's build.
+pub const FLAT: u64 = 6 << 10;
 
 /// A running agent.
 pub struct Agent {
@@ -255,6 +262,11 @@ impl Agent {
         self.ask(&WaitProcess { id, timeout_ms })
     }
 
+    /// Ends it and what it started; gives what became of it.
+    pub fn kill(&self, id: ProcessId, grace_ms: Option<u32>) -> Result<ProcessInfo, ErrorBody> {
+        self.ask(&KillProcess { id, grace_ms })
+    }
+
     /// Starts what nobody follows.
     pub fn start_log(&self, request: &StartProcess) -> ProcessId {
         let mut client = self.connect();
@@ -277,6 +289,11 @@ impl Agent {
             follow,
         });
         client.replay()
+    }
+
+    /// Memory that the agent has for itself, in KiB.
+    pub fn own_kib(&self) -> u64 {
+        self.status_kib("RssAnon")
     }
 
     /// A line of /proc/PID/status of the agent, in KiB.

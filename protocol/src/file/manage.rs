@@ -157,8 +157,8 @@ messages! {
 #[cfg(test)]
 mod tests {
     use super::super::FileType;
-    use super::super::tests::golden;
     use super::*;
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_looking() {

@@ -50,8 +50,8 @@ messages! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::golden;
     use super::*;
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_trees() {

@@ -76,8 +76,8 @@ messages! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::golden;
     use super::*;
+    use crate::message::testing::golden;
 
     #[test]
     fn golden_watching() {

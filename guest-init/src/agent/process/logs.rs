@@ -206,7 +206,7 @@ impl Logs {
             }
             let grown = segments.size().saturating_sub(before);
             self.total.fetch_add(grown, Ordering::Relaxed);
-            let length: u64 = pieces.iter().map(super::output::Piece::len).sum();
+            let length: u64 = pieces.iter().map(super::piece::Piece::len).sum();
             drop(pieces);
             if let Err(error) = &written {
                 log::warn(format_args!(

@@ -9,6 +9,7 @@ mod input;
 mod life;
 mod logs;
 mod output;
+mod piece;
 mod pump;
 mod reader;
 mod registry;
@@ -19,12 +20,13 @@ mod spawn;
 mod start;
 mod terminal;
 mod user;
+mod watcher;
 
 pub(crate) use command::check_key;
 pub(crate) use drain::Drain;
 #[cfg(test)]
-pub(crate) use output::Source;
-pub(crate) use output::{Piece, as_u64};
+pub(crate) use piece::Source;
+pub(crate) use piece::{Piece, as_u64};
 pub(crate) use registry::Registry;
 pub(crate) use spawn::note_ignored_signals;
 pub(crate) use terminal::Terminals;
@@ -33,8 +35,10 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use protocol::id::ProcessId;
 use protocol::message::{Message, decode_body};
 use protocol::process::{ProcessStarted, StartProcess};
+use protocol::processes::{AttachProcess, KillProcess, SendSignal, WaitProcess, WriteStdin};
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
 use super::poll::{self, Interest};
@@ -42,11 +46,12 @@ use super::stream::{Stream, StreamError};
 use super::{Agent, lock};
 use command::Command;
 use life::Process;
-use output::{Phase, Watcher};
+use output::Phase;
 use reader::Reader;
 use registry::Claim;
 use session::Client;
 use start::NotStarted;
+use watcher::Watcher;
 
 /// Whether a frame of this kind begins a stream that is served here.
 pub(crate) fn is_request(kind: Kind) -> bool {
@@ -74,24 +79,39 @@ pub(crate) fn serve(
         Kind::START_PROCESS => with(request, stream, |request, stream| {
             run(agent, request, stream, early)
         }),
-        Kind::ATTACH_PROCESS => with(request, stream, |request, stream| {
-            requests::attach(agent, &request, stream, early)
-        }),
-        Kind::WRITE_STDIN => with(request, stream, |request, stream| {
-            requests::write_stdin(agent, &request, stream, early)
-        }),
         Kind::LIST_PROCESSES => with(request, stream, |request, stream| {
             requests::list(agent, &request, stream)
         }),
-        Kind::WAIT_PROCESS => with(request, stream, |request, stream| {
-            requests::wait(agent, &request, stream)
-        }),
-        Kind::SEND_SIGNAL => with(request, stream, |request, stream| {
-            requests::send_signal(agent, &request, stream)
-        }),
-        Kind::KILL_PROCESS => with(request, stream, |request, stream| {
-            requests::kill(agent, &request, stream)
-        }),
+        Kind::ATTACH_PROCESS => with_process(
+            agent,
+            (request, stream),
+            |request: &AttachProcess| request.id,
+            |process, request, stream| requests::attach(agent, process, request, stream, early),
+        ),
+        Kind::WRITE_STDIN => with_process(
+            agent,
+            (request, stream),
+            |request: &WriteStdin| request.id,
+            |process, _, stream| requests::write_stdin(process, stream, early),
+        ),
+        Kind::WAIT_PROCESS => with_process(
+            agent,
+            (request, stream),
+            |request: &WaitProcess| request.id,
+            |process, request, stream| requests::wait(process, request, stream),
+        ),
+        Kind::SEND_SIGNAL => with_process(
+            agent,
+            (request, stream),
+            |request: &SendSignal| request.id,
+            |process, request, stream| requests::send_signal(agent, process, request, stream),
+        ),
+        Kind::KILL_PROCESS => with_process(
+            agent,
+            (request, stream),
+            |request: &KillProcess| request.id,
+            |process, request, stream| requests::kill(agent, process, request, stream),
+        ),
         Kind::REMOVE_PROCESS => with(request, stream, |request, stream| {
             requests::remove(agent, &request, stream)
         }),
@@ -112,6 +132,21 @@ fn with<M: Message>(
         }
         Err(error) => stream.refuse(&error.into()),
     }
+}
+
+/// The same for a request about one process, of which `id` says which; refuses those of unknown ones.
+fn with_process<M: Message>(
+    agent: &Agent,
+    (frame, stream): (Frame, Stream),
+    id: impl FnOnce(&M) -> ProcessId,
+    serve: impl FnOnce(&Arc<Process>, &M, Stream) -> Result<(), StreamError>,
+) -> Result<(), StreamError> {
+    with(frame, stream, |request: M, stream| {
+        match agent.registry.find(id(&request)) {
+            Ok(process) => serve(&process, &request, stream),
+            Err(error) => stream.refuse(&error),
+        }
+    })
 }
 
 /// Starts what the client asked for and stays with it until its end, whether the client does or not.

@@ -5,16 +5,14 @@
 //! could wait.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
-use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use protocol::Kind;
 use protocol::frame::MAX_DATA;
 use protocol::process::ProcessEnded;
 
-use crate::agent::lock;
+use super::piece::{Piece, Source, as_u64, give_buffer, take_buffer};
+use super::watcher::Watcher;
 
 /// What one process may always keep in memory, and what is kept of it while its log does not work.
 pub(crate) const RING: u64 = 64 << 10;
@@ -25,134 +23,8 @@ const PLENTY: usize = 2 << 20;
 /// Reads at least so long become a chunk as they are; shorter ones are copied together.
 const WHOLE: usize = 48 << 10;
 
-/// Buffers that wait for their next use; memory that goes back to the system comes back slowly.
-const SPARE: usize = 16;
-
 /// Bytes in the windows of all processes.
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
-/// At most [`SPARE`] buffers of [`MAX_DATA`] bytes.
-static POOL: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-
-/// A buffer of [`MAX_DATA`] bytes to read into.
-pub(crate) fn take_buffer() -> Vec<u8> {
-    let mut buffer = lock(&POOL).pop().unwrap_or_default();
-    buffer.resize(MAX_DATA, 0);
-    buffer
-}
-
-/// Keeps a buffer for its next use, if it is one to read into and there is room for it.
-pub(crate) fn give_buffer(buffer: Vec<u8>) {
-    if buffer.capacity() >= MAX_DATA {
-        let mut pool = lock(&POOL);
-        if pool.len() < SPARE {
-            pool.push(buffer);
-        }
-    }
-}
-
-/// Where bytes came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// Standard output, or a terminal.
-    Stdout,
-    /// Standard error.
-    Stderr,
-}
-
-impl Source {
-    /// The kind of the frames that carry it.
-    pub(crate) const fn kind(self) -> Kind {
-        match self {
-            Self::Stdout => Kind::STDOUT,
-            Self::Stderr => Kind::STDERR,
-        }
-    }
-}
-
-/// Output of one source without a break, at most [`MAX_DATA`] bytes. Cheap to clone.
-#[derive(Clone, Debug)]
-pub(crate) struct Piece {
-    pub(crate) source: Source,
-    data: Arc<Vec<u8>>,
-    from: usize,
-    to: usize,
-}
-
-impl Piece {
-    pub(crate) fn new(source: Source, data: Vec<u8>) -> Self {
-        Self {
-            source,
-            from: 0,
-            to: data.len(),
-            data: Arc::new(data),
-        }
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        self.data.get(self.from..self.to).unwrap_or_default()
-    }
-
-    /// Without the first `count` bytes.
-    pub(crate) fn skip(mut self, count: u64) -> Self {
-        let count = usize::try_from(count).unwrap_or(usize::MAX);
-        self.from = self.from.saturating_add(count).min(self.to);
-        self
-    }
-
-    /// Without what follows the first `count` bytes.
-    pub(crate) fn cut(mut self, count: u64) -> Self {
-        let count = usize::try_from(count).unwrap_or(usize::MAX);
-        self.to = self.from.saturating_add(count).min(self.to);
-        self
-    }
-
-    pub(crate) fn len(&self) -> u64 {
-        as_u64(self.bytes().len())
-    }
-}
-
-pub(crate) fn as_u64(length: usize) -> u64 {
-    u64::try_from(length).unwrap_or(u64::MAX)
-}
-
-/// Somebody who waits for news of a process on a thread of its own.
-pub(crate) struct Watcher {
-    event: EventFd,
-    armed: AtomicBool,
-}
-
-impl Watcher {
-    pub(crate) fn new() -> Result<Arc<Self>, Errno> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Arc::new(Self {
-            event: EventFd::from_flags(flags)?,
-            armed: AtomicBool::new(false),
-        }))
-    }
-
-    pub(crate) fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// Forgets the news that were told.
-    pub(crate) fn rest(&self) {
-        // Nothing to read is as good.
-        let _ = self.event.read();
-    }
-
-    pub(crate) fn arm(&self) {
-        self.armed.store(true, Ordering::Release);
-    }
-
-    /// Wakes whoever waits; costs nothing when nobody does.
-    pub(crate) fn notify(&self) {
-        if self.armed.swap(false, Ordering::AcqRel) {
-            // The counter cannot overflow: it is read before it is armed again.
-            let _ = self.event.write(1);
-        }
-    }
-}
-
 /// Whether and how it runs.
 #[derive(Clone, Debug)]
 pub(crate) enum Phase {
@@ -325,6 +197,11 @@ impl Output {
                     last.source == source && last.data.len().saturating_add(count) <= MAX_DATA;
                 match Arc::get_mut(&mut last.data) {
                     Some(data) if fits => {
+                        // It doubles as a vector does, but never takes more than it may fill.
+                        if data.capacity().saturating_sub(data.len()) < count {
+                            let left = MAX_DATA.saturating_sub(data.len());
+                            data.reserve_exact(data.len().max(count).min(left));
+                        }
                         data.extend_from_slice(bytes);
                         true
                     }
@@ -384,12 +261,7 @@ impl Output {
         let index = self.chunks.partition_point(|chunk| chunk.end() <= offset);
         match self.chunks.get(index) {
             Some(chunk) if chunk.offset <= offset => {
-                let piece = Piece {
-                    source: chunk.source,
-                    data: Arc::clone(&chunk.data),
-                    from: 0,
-                    to: chunk.data.len(),
-                };
+                let piece = Piece::of(chunk.source, &chunk.data);
                 Found::Piece(piece.skip(offset.saturating_sub(chunk.offset)))
             }
             _ => Found::NotInMemory { until: self.start },
@@ -485,6 +357,19 @@ mod tests {
         scratch.resize(MAX_DATA.max(bytes.len()), 0);
         output.append(Source::Stdout, &mut scratch, bytes.len());
         assert_eq!(scratch.len(), MAX_DATA);
+    }
+
+    #[test]
+    fn small_pieces_that_were_joined_take_no_more_memory_than_a_frame() {
+        let mut output = Output::new(true, true);
+        for _ in 0..40 {
+            put(&mut output, &[7; 10_000]);
+        }
+        assert!(output.chunks.len() > 1);
+        for chunk in &output.chunks {
+            let capacity = chunk.data.capacity();
+            assert!(capacity <= MAX_DATA, "{capacity}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use protocol::process::{ProcessEnd, ProcessEnded};
 
 use super::ending::{self, Cause};
 use super::life::{Body, Process};
-use super::output::{Source, as_u64, give_buffer, take_buffer};
+use super::piece::{Source, as_u64, give_buffer, take_buffer};
 use super::registry::Gone;
 use crate::agent::poll::Interest;
 use crate::agent::{Agent, lock};

@@ -7,8 +7,10 @@ use protocol::process::OutputGap;
 use protocol::processes::MAX_TAIL;
 
 use super::life::Process;
-use super::output::{Found, Piece, Watcher};
+use super::output::Found;
+use super::piece::Piece;
 use super::segment::Cursor;
+use super::watcher::Watcher;
 use crate::agent::lock;
 use crate::agent::stream::{Stream, StreamError};
 use crate::log;

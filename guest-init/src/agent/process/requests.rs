@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use protocol::processes::{
     AttachFrom, AttachProcess, KillProcess, ListProcesses, ProcessAttached, ProcessRemoved,
-    RemoveProcess, SendSignal, StdinWritten, WaitProcess, WriteStdin,
+    RemoveProcess, SendSignal, StdinWritten, WaitProcess,
 };
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
 use super::input::{MAX_INPUT, Typing};
 use super::life::Process;
-use super::output::Watcher;
 use super::reader::{self, Reader};
 use super::session::{Client, check_signal};
+use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 use crate::agent::{Agent, lock, unsupported};
@@ -42,14 +42,11 @@ pub(super) fn list(
 
 pub(super) fn attach(
     agent: &Arc<Agent>,
+    process: &Arc<Process>,
     request: &AttachProcess,
     mut stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
-    let process = match agent.registry.find(request.id) {
-        Ok(process) => process,
-        Err(error) => return stream.refuse(&error),
-    };
     // What is there now; a reader that does not follow goes no further.
     let head = lock(&process.output).head();
     let refusal = |message: String| ErrorBody::caller(ErrorCode::InvalidArgument, message);
@@ -62,9 +59,9 @@ pub(super) fn attach(
             return stream.refuse(&refusal(message));
         }
         AttachFrom::Offset => request.value,
-        AttachFrom::Oldest => reader::oldest(&process).min(head),
+        AttachFrom::Oldest => reader::oldest(process).min(head),
         AttachFrom::Now => head,
-        AttachFrom::Lines => reader::lines_back(&process, head, request.value),
+        AttachFrom::Lines => reader::lines_back(process, head, request.value),
         other => {
             let message = format!("`from` has the unknown value {}", other.to_wire());
             return stream.refuse(&refusal(message));
@@ -72,32 +69,28 @@ pub(super) fn attach(
     };
     // A follower holds the process back from here on, so nothing is lost between the two.
     let reader = if request.follow {
-        Reader::following(&process, at)
+        Reader::following(process, at)
     } else {
-        Reader::until(&process, at, Some(head))
+        Reader::until(process, at, Some(head))
     };
     stream.queue(&ProcessAttached {
         process: process.info(),
         offset: at,
     })?;
-    Client::new(agent, &process, stream, reader, early, false).serve()
+    Client::new(agent, process, stream, reader, early, false).serve()
 }
 
 pub(super) fn wait(
-    agent: &Arc<Agent>,
+    process: &Process,
     request: &WaitProcess,
     stream: Stream,
 ) -> Result<(), StreamError> {
-    let process = match agent.registry.find(request.id) {
-        Ok(process) => process,
-        Err(error) => return stream.refuse(&error),
-    };
     let deadline = request
         .timeout_ms
         .and_then(|given| after(Duration::from_millis(u64::from(given))));
-    let watcher = watch(&process)?;
+    let watcher = watch(process)?;
     let mut listens = true;
-    while !has_ended(&process, &watcher) && deadline.is_none_or(|at| Instant::now() < at) {
+    while !has_ended(process, &watcher) && deadline.is_none_or(|at| Instant::now() < at) {
         let client = stream.interest(false);
         let mut interests = [
             if listens { client.and_end() } else { client },
@@ -123,16 +116,11 @@ pub(super) fn wait(
 }
 
 pub(super) fn write_stdin(
-    agent: &Arc<Agent>,
-    request: &WriteStdin,
+    process: &Process,
     mut stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
-    let process = match agent.registry.find(request.id) {
-        Ok(process) => process,
-        Err(error) => return stream.refuse(&error),
-    };
-    let watcher = watch(&process)?;
+    let watcher = watch(process)?;
     let mut typing = Typing::default();
     let mut frames = early;
     let mut is_last = false;
@@ -144,18 +132,18 @@ pub(super) fn write_stdin(
                 Kind::STDIN => {}
                 Kind::STDIN_END => {
                     is_last = true;
-                    typing.end(&process);
+                    typing.end(process);
                 }
                 kind => stream.queue::<ErrorBody>(&unsupported(kind))?,
             }
         }
         let had = typing.waiting() > 0;
-        if had && has_ended(&process, &watcher) {
+        if had && has_ended(process, &watcher) {
             let message = format!("process {} has ended and takes no input", process.id);
             let error = ErrorBody::caller(ErrorCode::ProcessNotRunning, message);
             return stream.refuse(&error);
         }
-        if !typing.write(&process) && had {
+        if !typing.write(process) && had {
             let message = format!(
                 "process {} has no standard input, or it was closed",
                 process.id
@@ -170,7 +158,7 @@ pub(super) fn write_stdin(
             });
         }
         let listening = !is_last && typing.waiting() < MAX_INPUT && stream.pending() == 0;
-        let descriptor = typing.descriptor(&process);
+        let descriptor = typing.descriptor(process);
         let mut interests = [
             stream.interest(listening),
             Typing::interest(descriptor.as_ref()),
@@ -197,37 +185,31 @@ pub(super) fn write_stdin(
 }
 
 pub(super) fn send_signal(
-    agent: &Arc<Agent>,
+    agent: &Agent,
+    process: &Process,
     request: &SendSignal,
     stream: Stream,
 ) -> Result<(), StreamError> {
-    let sent = check_signal(request.signal).and_then(|()| {
-        let process = agent.registry.find(request.id)?;
-        if process.signal(&agent.reaper, request.signal) {
-            return Ok(process);
-        }
-        let message = format!("process {} has ended and takes no signal", process.id);
-        Err(ErrorBody::caller(ErrorCode::ProcessNotRunning, message))
-    });
-    match sent {
-        Ok(process) => stream.finish(&process.info()),
-        Err(error) => stream.refuse(&error),
+    if let Err(error) = check_signal(request.signal) {
+        return stream.refuse(&error);
     }
+    if process.signal(&agent.reaper, request.signal) {
+        return stream.finish(&process.info());
+    }
+    let message = format!("process {} has ended and takes no signal", process.id);
+    stream.refuse(&ErrorBody::caller(ErrorCode::ProcessNotRunning, message))
 }
 
 pub(super) fn kill(
-    agent: &Arc<Agent>,
+    agent: &Agent,
+    process: &Process,
     request: &KillProcess,
     stream: Stream,
 ) -> Result<(), StreamError> {
-    let process = match agent.registry.find(request.id) {
-        Ok(process) => process,
-        Err(error) => return stream.refuse(&error),
-    };
     let grace = request.grace_ms.map_or(GRACE, |given| {
         Duration::from_millis(u64::from(given)).min(MAX_GRACE)
     });
-    end(agent, &process, grace)?;
+    end(agent, process, grace)?;
     if process.ended().is_none() {
         let message = format!(
             "process {} has not ended {} s after SIGKILL; it waits for a device",
@@ -242,7 +224,7 @@ pub(super) fn kill(
 
 /// Asks the process to end, waits, and ends it and what it started. Whether the client is still
 /// there does not matter.
-fn end(agent: &Agent, process: &Arc<Process>, grace: Duration) -> Result<(), StreamError> {
+fn end(agent: &Agent, process: &Process, grace: Duration) -> Result<(), StreamError> {
     let watcher = watch(process)?;
     let Some(body) = process.body() else {
         // It may be just starting or just ending.

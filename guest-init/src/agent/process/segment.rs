@@ -16,7 +16,7 @@ use protocol::id::ProcessId;
 use protocol::message::{decode_body, encode_body};
 use protocol::processes::ProcessInfo;
 
-use super::output::{Piece, Source, as_u64};
+use super::piece::{Piece, Source, as_u64};
 
 const MAGIC: &[u8; 8] = b"supvmlg1";
 /// A segment is closed when it has so many bytes of output.

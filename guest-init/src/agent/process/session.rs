@@ -15,10 +15,10 @@ use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
 use super::input::{MAX_INPUT, Typing};
 use super::life::Process;
-use super::output::Watcher;
 use super::pump::Pump;
 use super::reader::{Progress, Reader};
 use super::terminal;
+use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 use crate::agent::{Agent, contain, lock, unsupported};
