@@ -37,6 +37,7 @@
 
 mod agent;
 mod api;
+pub mod blocking;
 mod command;
 mod connection;
 mod dial;
