@@ -87,7 +87,7 @@ impl Command {
         self
     }
 
-    /// Gives it a standard input that [`Input::write`] writes to; without this it is /dev/null.
+    /// Gives it a standard input that [`Input::write`](crate::Input::write) writes to; without this it is /dev/null.
     #[must_use]
     pub fn stdin_pipe(mut self) -> Self {
         self.stdin = StdinMode::Pipe;

@@ -24,6 +24,20 @@ pub enum Side {
 }
 
 /// Why a request was not served.
+///
+/// ```no_run
+/// # async fn example(client: client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use client::Side;
+/// if let Err(error) = client.get("web".parse()?).await {
+///     match error.side() {
+///         Side::Caller => println!("change the request: {error}"),
+///         Side::Network => println!("check the network: {error}; {}", error.advice()),
+///         _ => println!("{error}\n{}", error.detail()),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
@@ -142,6 +156,8 @@ impl ClientError {
     pub fn retry(&self) -> Retry {
         match self {
             Self::Lost { safe: true, .. } | Self::Damaged { .. } => Retry::Safe,
+            // Nothing was asked yet.
+            Self::Connect { .. } | Self::TooSlow { .. } => Retry::Safe,
             _ => self.body().map_or(Retry::No, |body| body.retry),
         }
     }

@@ -19,6 +19,7 @@ use crate::agent::{AgentStream, Replies, Requests, out_of_order};
 use crate::command::Command;
 use crate::error::ClientError;
 use crate::output::Output;
+use crate::typing::InputWriter;
 use crate::vm::Vm;
 
 /// How often a start whose connection was lost is sent again. Its id makes that harmless.
@@ -211,6 +212,11 @@ impl Input {
             self.0.lock().await.send_raw(Kind::STDIN, chunk).await?;
         }
         Ok(())
+    }
+
+    /// The same as a writer.
+    pub fn writer(&self) -> InputWriter {
+        InputWriter::new(self.clone())
     }
 
     /// Says that no more standard input comes.

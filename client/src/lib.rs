@@ -52,6 +52,7 @@ mod output;
 mod process;
 mod transport;
 mod trust;
+mod typing;
 mod vm;
 
 pub use agent::AgentStream;
@@ -66,4 +67,5 @@ pub use output::{Output, ReadFrom, Record, Utf8Decoder};
 pub use process::Process;
 pub use protocol;
 pub use trust::{Fetched, Trust, TrustError, fetch_ca};
+pub use typing::InputWriter;
 pub use vm::Vm;

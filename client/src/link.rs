@@ -104,8 +104,10 @@ impl Link {
         }
         if self.failures.load(Ordering::Relaxed) != failures {
             // Somebody has tried for a while just now, while we waited for our turn.
-            let reason = format!("{} cannot be reached again", self.endpoint);
-            return Err(ClientError::lost(reason).repeatable());
+            return Err(ClientError::Connect {
+                endpoint: self.endpoint.clone(),
+                cause: io::Error::other("others have just tried and given up"),
+            });
         }
         let connected = self.connect_again().await;
         match &connected {

@@ -3,6 +3,12 @@
 use protocol::processes::AttachFrom;
 
 /// Something that happened to a command.
+///
+/// ```
+/// use client::Output;
+/// assert_eq!(Output::Stdout(b"ok\n".to_vec()).length(), 3);
+/// assert_eq!(Output::Gap { bytes: 4096 }.length(), 4096);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Output {
@@ -36,6 +42,12 @@ impl Output {
 }
 
 /// A piece of a process's output and its place in all of it.
+///
+/// ```
+/// use client::{Output, Record};
+/// let record = Record { offset: 100, output: Output::Stderr(b"oh".to_vec()) };
+/// assert_eq!(record.offset + record.output.length(), 102); // where the next one begins
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The merged offset of its first byte: both outputs together, from the process's start.
@@ -45,6 +57,16 @@ pub struct Record {
 }
 
 /// Where reading a process's output begins.
+///
+/// ```no_run
+/// # async fn example(process: client::Process) -> Result<(), client::ClientError> {
+/// use client::ReadFrom;
+/// let all = process.replay(ReadFrom::Oldest).await?;
+/// let news = process.follow(ReadFrom::Now).await?;
+/// # let _ = (all, news);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadFrom {
     /// At this merged offset; with a gap first if that is no longer kept.

@@ -11,6 +11,7 @@ use client::protocol::process::ProcessEnd;
 use client::{ClientError, Command, Output, Process, ReadFrom, Record, new_process_id};
 use common::real::{Machine, soon};
 use futures::StreamExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Everything a reader gives, to its end.
 async fn records(process: &Process, from: ReadFrom) -> Vec<Record> {
@@ -103,6 +104,29 @@ async fn input_of_any_size_goes_in_and_is_closed_once() {
     let closed = soon(without.stdin(&vec![1; 2_000_000])).await.unwrap_err();
     assert_eq!(closed.code(), Some(ErrorCode::InputClosed));
     without.kill(Some(Duration::ZERO)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_commands_input_is_a_writer() {
+    let machine = Machine::start().await;
+    let vm = machine.vm().await;
+    let line = "read first; sleep 0.1; wc -c";
+    let mut run = vm.exec(Command::shell(line).stdin_pipe()).await.unwrap();
+    let mut input = run.input().writer();
+    let writing = tokio::spawn(async move {
+        let mut source = tokio::io::repeat(b'x').take(1_000_000);
+        input.write_all(b"first\n").await.unwrap();
+        tokio::io::copy(&mut source, &mut input).await.unwrap();
+        input.shutdown().await.unwrap();
+    });
+    let mut said = Vec::new();
+    while let Some(output) = soon(run.next()).await.unwrap() {
+        if let Output::Stdout(bytes) = output {
+            said.extend(bytes);
+        }
+    }
+    soon(writing).await.unwrap();
+    assert_eq!(said, b"1000000\n");
 }
 
 #[tokio::test]

@@ -116,6 +116,15 @@ impl Vm {
 }
 
 /// The entries of a directory, as an iterator: [`crate::file::Listing`] for code that blocks.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), client::ClientError> {
+/// for entry in vm.read_dir("src") {
+///     println!("{}", String::from_utf8_lossy(&entry?.name));
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Listing {
     inner: crate::file::Listing,
@@ -137,6 +146,14 @@ impl Iterator for Listing {
 }
 
 /// A file of a VM on its way to us, as [`Read`]: [`crate::file::Download`] for code that blocks.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut here = std::fs::File::create("result.tar")?;
+/// std::io::copy(&mut vm.download("result.tar")?, &mut here)?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Download {
     inner: crate::file::Download,
@@ -180,6 +197,14 @@ impl Read for Download {
 
 /// A tree on its way to us as a tar archive, as [`Read`]: [`crate::file::Archive`] for code that
 /// blocks.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// let copied = vm.unpack("copy", vm.pack("site")?)?;
+/// println!("{} entries", copied.entries);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Archive {
     inner: crate::file::Archive,
@@ -195,6 +220,15 @@ impl Read for Archive {
 
 /// Changes as they happen, as an iterator: [`crate::file::Watch`] for code that blocks. Ends after
 /// an error, and else never.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), client::ClientError> {
+/// for change in vm.watch("src", true)? {
+///     println!("{:?}", change?.change);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Watch {
     inner: crate::file::Watch,
@@ -217,6 +251,17 @@ impl Iterator for Watch {
 
 /// A connection to a port inside a VM, as [`Read`] and [`Write`]: [`crate::Dialogue`] for code that
 /// blocks.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// use std::io::{Read, Write};
+/// let mut web = vm.dial(3000)?;
+/// web.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+/// let mut answer = Vec::new();
+/// web.take(1 << 20).read_to_end(&mut answer)?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Dialogue {
     inner: crate::Dialogue,

@@ -45,6 +45,17 @@ impl Vm {
 
 /// A command that runs or has run, as an iterator over what happens:
 /// [`crate::Execution`] for code that blocks. Nothing follows an error.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut run = vm.exec(client::Command::shell("make"))?;
+/// for output in run.by_ref() {
+///     println!("{:?}", output?);
+/// }
+/// println!("{:?}", run.ended());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Execution {
     inner: crate::Execution,
@@ -96,6 +107,15 @@ impl Iterator for Execution {
 }
 
 /// A command's input and signals: [`crate::Input`] for code that blocks.
+///
+/// ```no_run
+/// # fn example(vm: client::blocking::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// let run = vm.exec(client::Command::argv(["sort"]).stdin_pipe())?;
+/// run.input().write(b"b\na\n")?;
+/// run.input().end()?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Input {
     inner: crate::Input,
@@ -173,6 +193,20 @@ impl Process {
 
 /// A reader of a process's output, as an iterator: [`crate::Follow`] for code that blocks. Nothing
 /// follows an error until [`Follow::resume`].
+///
+/// ```no_run
+/// # fn example(process: client::blocking::Process) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut reader = process.follow(client::ReadFrom::Oldest)?;
+/// while let Some(record) = reader.next() {
+///     match record {
+///         Ok(record) => println!("{:?}", record.output),
+///         Err(client::ClientError::Lost { .. }) => reader.resume()?,
+///         Err(error) => return Err(error.into()),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Follow {
     inner: crate::Follow,

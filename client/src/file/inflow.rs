@@ -17,6 +17,20 @@ const HASHED_HOLE: u64 = 4 << 20;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A part of a file, in order.
+///
+/// ```no_run
+/// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// use client::file::{FileRead, Piece};
+/// let mut disk = vm.download(FileRead::new("disk.img").sparse()).await?;
+/// let mut content = 0;
+/// while let Some(piece) = disk.next_piece().await? {
+///     if let Piece::Data(bytes) = piece {
+///         content += bytes.len();
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece {
     /// Content.
