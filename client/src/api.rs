@@ -1,6 +1,6 @@
-//! What an appliance can be asked: lifecycle requests, each on a stream of its own, and streams to
-//! the agents of VMs. A request that failed for the appliance's own reasons is repeated a few times
-//! where the appliance says that it is safe.
+//! What an appliance can be asked: lifecycle requests, each on a stream of its own. A request that
+//! failed for the appliance's own reasons is repeated a few times where the appliance says that it
+//! is safe; one whose connection was lost is not, but the next one connects again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,27 +8,24 @@ use std::time::Duration;
 use protocol::hello::Limits;
 use protocol::id::{IdempotencyKey, VmId};
 use protocol::vm::{
-    CreateVm, DeleteVm, Deleted, GetVm, ListVms, OpenVm, Opened, StartVm, StopVm, VmInfo, VmPage,
-    VmRef,
+    CreateVm, DeleteVm, Deleted, GetVm, ListVms, StartVm, StopVm, VmInfo, VmPage, VmRef,
 };
 use protocol::{ErrorCode, Fault, Message, Retry};
 
-use crate::connection::{Connection, Place};
+use crate::agent::Io;
+use crate::connection::Place;
 use crate::endpoint::Endpoint;
 use crate::error::ClientError;
-use crate::exec::{Command, Execution};
 use crate::frames::{self, Frames};
+use crate::link::Link;
 use crate::trust::Trust;
+use crate::vm::Vm;
 
 /// How often a request is repeated.
 const RETRIES: u32 = 5;
 
 /// The longest pause before a repeated request, whatever the appliance asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// The longest first message that is sent along with an `OpenVm`. What the appliance has no room
-/// for before the answer would keep us from reading the answer.
-const MOST_BEHIND: usize = 64 << 10;
 
 /// A create request with a fresh key and nothing but defaults.
 pub fn new_vm() -> Result<CreateVm, ClientError> {
@@ -46,10 +43,22 @@ pub fn new_vm() -> Result<CreateVm, ClientError> {
     })
 }
 
-/// A connection to an appliance. Clones share it.
+/// An appliance, over one connection that is made again when it was lost. Clones share it.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use client::{Client, Trust};
+/// let client = Client::connect("unix:/run/supvm/api.sock".parse()?, "token".into(), Trust::none()).await?;
+/// for vm in client.list().await? {
+///     println!("{} is {:?}", vm.id, vm.state);
+/// }
+/// client.close().await;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Client {
-    connection: Arc<Connection>,
+    link: Arc<Link>,
 }
 
 impl Client {
@@ -59,19 +68,19 @@ impl Client {
         token: String,
         trust: Trust,
     ) -> Result<Self, ClientError> {
-        let connection = Connection::new(&endpoint, &token, &trust).await?;
-        Ok(Self { connection })
+        let link = Arc::new(Link::new(endpoint, token, trust).await?);
+        Ok(Self { link })
     }
 
     /// Ends the connection with a goodbye, for every clone, whatever is still under way on it. A
     /// client that is merely dropped says goodbye as well, if its runtime lives long enough.
     pub async fn close(self) {
-        self.connection.close().await;
+        self.link.close().await;
     }
 
-    /// What the appliance allows on this connection.
-    pub fn limits(&self) -> Option<&Limits> {
-        self.connection.limits()
+    /// What the appliance allows on a connection.
+    pub fn limits(&self) -> Option<Limits> {
+        self.link.limits()
     }
 
     /// Makes a VM and waits until it is ready. The request's key makes a repeat harmless.
@@ -136,10 +145,7 @@ impl Client {
 
     /// A VM to run commands in. Nothing is asked yet.
     pub fn vm(&self, vm: VmRef) -> Vm {
-        Vm {
-            client: self.clone(),
-            vm,
-        }
+        Vm::new(self.clone(), vm)
     }
 
     async fn request<Q: Message, A: Message>(&self, request: &Q) -> Result<A, ClientError> {
@@ -168,32 +174,31 @@ impl Client {
 
     /// One request and its answer; the stream may be the agent's after that. `behind` is sent
     /// behind the request without waiting for the answer.
-    async fn once<Q: Message, A: Message>(
+    pub(crate) async fn once<Q: Message, A: Message>(
         &self,
         request: &Q,
         behind: &[u8],
     ) -> Result<(A, (Frames<Io>, Place)), ClientError> {
         let mut bytes = frames::encode(request)?;
         bytes.extend_from_slice(behind);
-        let mut stream = self.connection.stream().await?;
-        let explain = |error| self.connection.explain(error);
-        frames::write_bytes(&mut stream.io, &bytes)
-            .await
-            .map_err(explain)?;
+        let mut stream = self.link.stream().await?;
+        // Every request to the appliance may be repeated: a create has its key, and what is done
+        // already is done.
+        let lost = || ClientError::lost("its stream ended without an answer");
+        if let Err(error) = frames::write_bytes(&mut stream.io, &bytes).await {
+            return Err(stream.place.why(error).await.repeatable());
+        }
         let mut frames = Frames::new(stream.io);
-        let frame = frames
-            .next()
-            .await
-            .map_err(explain)?
-            .ok_or_else(|| self.connection.lost())?;
-        Ok((protocol::decode(&frame)?, (frames, stream.place)))
+        match frames.next().await {
+            Ok(Some(frame)) => Ok((protocol::decode(&frame)?, (frames, stream.place))),
+            Ok(None) => Err(stream.place.why(lost()).await.repeatable()),
+            Err(error) => Err(stream.place.why(error).await.repeatable()),
+        }
     }
 }
 
-type Io = tokio_util::compat::Compat<yamux::Stream>;
-
 /// How long to wait before a repeat; none when there shall be none.
-fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<Duration> {
+pub(crate) fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<Duration> {
     let ClientError::Refused(body) = error else {
         return None;
     };
@@ -209,67 +214,6 @@ fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<Duration> {
         }
         _ => None,
     }
-}
-
-/// One VM of an appliance.
-#[derive(Clone, Debug)]
-pub struct Vm {
-    client: Client,
-    vm: VmRef,
-}
-
-impl Vm {
-    /// Opens a stream to the VM's agent, starting the VM if it is stopped.
-    pub async fn open(&self) -> Result<AgentStream, ClientError> {
-        self.open_with(&[]).await
-    }
-
-    /// The same, with bytes for the agent sent along, which saves waiting for the answer first.
-    async fn open_with(&self, behind: &[u8]) -> Result<AgentStream, ClientError> {
-        let request = OpenVm {
-            vm: self.vm.clone(),
-        };
-        let mut repeats = 0;
-        loop {
-            let error = match self.client.once::<_, Opened>(&request, behind).await {
-                Ok((opened, (frames, place))) => {
-                    let (io, before) = frames.into_parts();
-                    return Ok(AgentStream {
-                        opened,
-                        io,
-                        before,
-                        place,
-                    });
-                }
-                Err(error) => error,
-            };
-            let Some(pause) = pause_before_repeat(&error, repeats) else {
-                return Err(error);
-            };
-            tokio::time::sleep(pause).await;
-            repeats = repeats.saturating_add(1);
-        }
-    }
-
-    /// Runs a command.
-    pub async fn exec(&self, command: Command) -> Result<Execution, ClientError> {
-        let request = command.into_request()?;
-        let bytes = frames::encode(&request)?;
-        if bytes.len() > MOST_BEHIND {
-            return Execution::start(self.open().await?, &request).await;
-        }
-        Ok(Execution::on(self.open_with(&bytes).await?))
-    }
-}
-
-/// A stream to a VM's agent.
-#[derive(Debug)]
-pub struct AgentStream {
-    /// Which VM, and which of its runs.
-    pub opened: Opened,
-    pub(crate) io: Io,
-    pub(crate) before: Vec<u8>,
-    pub(crate) place: Place,
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! One connection: yamux driven by a task of its own, streams on demand, never more at once than
 //! the appliance allows. It ends when the last stream and the last handle on it are gone.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
@@ -37,13 +38,22 @@ pub(crate) struct Stream {
 pub(crate) struct Place {
     _seat: OwnedSemaphorePermit,
     // Keeps the driver going while the stream is in use.
-    _connection: Arc<Connection>,
+    connection: Arc<Connection>,
+}
+
+impl Place {
+    /// Why a stream ended that should not have: with its connection, or `otherwise`.
+    pub(crate) async fn why(&self, otherwise: ClientError) -> ClientError {
+        self.connection.why(otherwise).await
+    }
 }
 
 /// What the driver is asked for.
 #[derive(Debug)]
 enum Wanted {
     Stream(oneshot::Sender<yamux::Stream>),
+    /// Word that the connection is still there, from behind everything that has arrived.
+    Word(oneshot::Sender<()>),
     /// The end of the connection, and word of it.
     Close(oneshot::Sender<()>),
 }
@@ -102,12 +112,11 @@ impl Connection {
             token: token.to_owned(),
         };
         frames::write(&mut stream.io, &hello).await?;
-        let mut frames = Frames::new(&mut stream.io);
-        let frame = frames
-            .next()
-            .await
-            .map_err(|error| self.explain(error))?
-            .ok_or_else(|| self.lost())?;
+        let frame = match Frames::new(&mut stream.io).next().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Err(self.why(self.lost()).await),
+            Err(error) => return Err(self.why(error).await),
+        };
         let answer: HelloOk = protocol::decode(&frame)?;
         if answer.generation == 0 || answer.generation > GENERATION {
             return Err(ClientError::Broken(format!(
@@ -137,7 +146,7 @@ impl Connection {
             io: stream.compat(),
             place: Place {
                 _seat: seat,
-                _connection: Arc::clone(self),
+                connection: Arc::clone(self),
             },
         })
     }
@@ -153,15 +162,22 @@ impl Connection {
 
     /// The error for a connection that is gone, with the reason when it is known.
     pub(crate) fn lost(&self) -> ClientError {
-        let reason = self.end.get().map_or("it was closed", String::as_str);
-        ClientError::Lost(reason.to_owned())
+        ClientError::lost(self.end.get().map_or("it was closed", String::as_str))
     }
 
-    /// A stream's own words for a lost connection say less than the connection's.
-    pub(crate) fn explain(&self, error: ClientError) -> ClientError {
-        match error {
-            ClientError::Lost(_) if self.end.get().is_some() => self.lost(),
-            other => other,
+    /// Whether it is of no use any more.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.get().is_some() || self.open.is_closed()
+    }
+
+    /// Why a stream on it ended: a lost connection ends all of them, and a stream's own words say
+    /// less than the connection's.
+    pub(crate) async fn why(&self, otherwise: ClientError) -> ClientError {
+        let (reply, word) = oneshot::channel();
+        if self.open.send(Wanted::Word(reply)).await.is_ok() && word.await.is_ok() {
+            otherwise
+        } else {
+            self.lost()
         }
     }
 }
@@ -180,13 +196,18 @@ async fn drive(
         streams.saturating_mul(yamux::DEFAULT_CREDIT as usize),
     ));
     let mut connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);
-    let mut asked: Option<oneshot::Sender<yamux::Stream>> = None;
+    let mut asked: VecDeque<oneshot::Sender<yamux::Stream>> = VecDeque::new();
+    let mut words = Vec::new();
     let broken = |reason: &str| Poll::Ready(End::Broken(reason.to_owned()));
     let reason = poll_fn(|cx| {
         loop {
-            if asked.is_none() {
+            if asked.len() < MOST_STREAMS as usize {
                 match wanted.poll_recv(cx) {
-                    Poll::Ready(Some(Wanted::Stream(reply))) => asked = Some(reply),
+                    Poll::Ready(Some(Wanted::Stream(reply))) => asked.push_back(reply),
+                    Poll::Ready(Some(Wanted::Word(reply))) => {
+                        words.push(reply);
+                        continue;
+                    }
                     Poll::Ready(Some(Wanted::Close(reply))) => {
                         return Poll::Ready(End::Ours(Some(reply)));
                     }
@@ -194,10 +215,10 @@ async fn drive(
                     Poll::Pending => {}
                 }
             }
-            if asked.is_some() {
+            if !asked.is_empty() {
                 match connection.poll_new_outbound(cx) {
                     Poll::Ready(Ok(stream)) => {
-                        if let Some(reply) = asked.take() {
+                        if let Some(reply) = asked.pop_front() {
                             // Whoever asked may have given up; the stream then never existed.
                             let _ = reply.send(stream);
                         }
@@ -212,7 +233,12 @@ async fn drive(
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(Some(Err(error))) => return broken(&error.to_string()),
                 Poll::Ready(None) => return broken("the appliance closed it"),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    for word in words.drain(..) {
+                        let _ = oneshot::Sender::send(word, ());
+                    }
+                    return Poll::Pending;
+                }
             }
         }
     })

@@ -5,6 +5,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// An API endpoint.
+///
+/// ```
+/// let endpoint: client::Endpoint = "https://supvm.localhost:7443".parse()?;
+/// assert_eq!(endpoint.to_string(), "https://supvm.localhost:7443");
+/// # Ok::<(), client::EndpointError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Endpoint {

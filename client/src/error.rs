@@ -7,6 +7,7 @@ use protocol::message::MessageError;
 use protocol::{ErrorBody, ErrorCode, Fault, FrameError, Retry};
 
 use crate::endpoint::Endpoint;
+use crate::file::FileError;
 
 /// Who has to change something for the request to succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,20 @@ pub enum Side {
 }
 
 /// Why a request was not served.
+///
+/// ```no_run
+/// # async fn example(client: client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use client::Side;
+/// if let Err(error) = client.get("web".parse()?).await {
+///     match error.side() {
+///         Side::Caller => println!("change the request: {error}"),
+///         Side::Network => println!("check the network: {error}; {}", error.advice()),
+///         _ => println!("{error}\n{}", error.detail()),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
@@ -59,12 +74,47 @@ pub enum ClientError {
     /// The appliance or the agent answered with an error.
     #[error("{}", _0.message)]
     Refused(ErrorBody),
-    /// The connection to the appliance ended.
-    #[error("the connection to the appliance was lost: {0}")]
-    Lost(String),
-    /// The stream into the VM ended before the command did.
-    #[error("the VM stopped or its agent died before the command ended")]
+    /// An operation on files in the VM was refused.
+    #[error(transparent)]
+    File(Box<FileError>),
+    /// The connection to the appliance ended while the request was under way. The next request
+    /// makes a new one.
+    #[error("the connection to the appliance was lost: {reason}")]
+    Lost {
+        /// How it ended.
+        reason: String,
+        /// The request may be sent again: nothing is done twice. Without it, it may have been
+        /// carried out or not.
+        safe: bool,
+    },
+    /// The stream into the VM ended before the operation did.
+    #[error("the stream into the VM ended early: the VM stopped or its agent died")]
     AgentGone,
+    /// A file in the VM is not the one any more that it was.
+    #[error("{path} changed while it was read: {what}")]
+    Changed {
+        /// Which one.
+        path: String,
+        /// What is different.
+        what: String,
+    },
+    /// What arrived has another checksum than what was sent.
+    #[error("{path} did not arrive as it was sent: its BLAKE3 checksum differs")]
+    Damaged {
+        /// Which one.
+        path: String,
+    },
+    /// There is more than the caller wanted to take.
+    #[error("{what} is longer than {limit}")]
+    TooLong {
+        /// What it was.
+        what: String,
+        /// The caller's limit.
+        limit: u64,
+    },
+    /// What was to be sent could not be read.
+    #[error("cannot read what is to be sent: {0}")]
+    Source(io::Error),
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Broken(String),
@@ -74,47 +124,92 @@ pub enum ClientError {
     /// The system gave no random numbers.
     #[error("no random numbers from the system: {0}")]
     Random(getrandom::Error),
+    /// The blocking face was used where blocking is not allowed, or had no thread.
+    #[error("the blocking client cannot work here: {0}")]
+    Blocking(String),
 }
 
 impl ClientError {
     /// Who has to change something.
     pub fn side(&self) -> Side {
         match self {
-            Self::NoCa { .. } | Self::Unsendable(_) | Self::Random(_) => Side::Caller,
-            Self::Connect { .. } | Self::TooSlow { .. } | Self::Tls { .. } | Self::Lost(_) => {
-                Side::Network
-            }
-            Self::AgentGone => Side::Guest,
+            Self::NoCa { .. }
+            | Self::Unsendable(_)
+            | Self::Random(_)
+            | Self::TooLong { .. }
+            | Self::Source(_)
+            | Self::Blocking(_) => Side::Caller,
+            Self::Connect { .. }
+            | Self::TooSlow { .. }
+            | Self::Tls { .. }
+            | Self::Lost { .. }
+            | Self::Damaged { .. } => Side::Network,
+            Self::AgentGone | Self::Changed { .. } => Side::Guest,
             Self::Broken(_) => Side::Host,
-            Self::Refused(error) => match error.fault {
-                Fault::Caller => Side::Caller,
-                Fault::Guest => Side::Guest,
-                _ => Side::Host,
-            },
+            Self::Refused(error) => side(error.fault),
+            Self::File(error) => side(error.body().fault),
         }
     }
 
-    /// Whether the same request may be sent again, as the appliance says.
+    /// Whether the same request may be sent again: as the appliance or the agent says, and for a
+    /// lost connection as the kind of the request allows.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Refused(error) => error.retry,
-            _ => Retry::No,
+            Self::Lost { safe: true, .. } | Self::Damaged { .. } => Retry::Safe,
+            // Nothing was asked yet.
+            Self::Connect { .. } | Self::TooSlow { .. } => Retry::Safe,
+            _ => self.body().map_or(Retry::No, |body| body.retry),
         }
     }
 
     /// The appliance's or the agent's error number.
     pub fn code(&self) -> Option<ErrorCode> {
-        match self {
-            Self::Refused(error) => Some(error.code),
-            _ => None,
-        }
+        self.body().map(|body| body.code)
     }
 
     /// More lines, such as the end of a VM's console; empty when there are none.
     pub fn detail(&self) -> &str {
+        self.body().map_or("", |body| &body.detail)
+    }
+
+    /// What the appliance or the agent answered, if they did.
+    pub fn body(&self) -> Option<&ErrorBody> {
         match self {
-            Self::Refused(error) => &error.detail,
-            _ => "",
+            Self::Refused(body) => Some(body),
+            Self::File(error) => Some(error.body()),
+            _ => None,
+        }
+    }
+
+    /// The error of the file system in the VM, if it is one.
+    pub fn file(&self) -> Option<&FileError> {
+        match self {
+            Self::File(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// An error frame's content.
+    pub(crate) fn refused(body: ErrorBody) -> Self {
+        match FileError::new(body) {
+            Ok(error) => Self::File(Box::new(error)),
+            Err(body) => Self::Refused(body),
+        }
+    }
+
+    /// The connection is gone; whether the request may be repeated is not known here.
+    pub(crate) fn lost(reason: impl ToString) -> Self {
+        Self::Lost {
+            reason: reason.to_string(),
+            safe: false,
+        }
+    }
+
+    /// The same error of a request that does nothing twice.
+    pub(crate) fn repeatable(self) -> Self {
+        match self {
+            Self::Lost { reason, .. } => Self::Lost { reason, safe: true },
+            other => other,
         }
     }
 
@@ -125,7 +220,10 @@ impl ClientError {
                 "check that the appliance runs and that SUP_ENDPOINT names it"
             }
             Self::Tls { .. } => "check that SUP_CA is this appliance's CA certificate",
-            Self::Lost(_) => "try again",
+            Self::Lost { safe: true, .. } | Self::Damaged { .. } | Self::Changed { .. } => {
+                "try again"
+            }
+            Self::Lost { .. } => "look whether it was done before you try again",
             Self::AgentGone => "see `sup inspect` for how the VM ended",
             Self::Broken(_) => "check that client and appliance fit together with `sup version`",
             Self::Refused(error) if error.code == ErrorCode::Unauthenticated => {
@@ -139,7 +237,7 @@ impl ClientError {
 impl From<MessageError> for ClientError {
     fn from(error: MessageError) -> Self {
         match error {
-            MessageError::Refused(body) => Self::Refused(body),
+            MessageError::Refused(body) => Self::refused(body),
             other => Self::Broken(other.to_string()),
         }
     }
@@ -148,5 +246,34 @@ impl From<MessageError> for ClientError {
 impl From<FrameError> for ClientError {
     fn from(error: FrameError) -> Self {
         Self::Broken(error.to_string())
+    }
+}
+
+fn side(fault: Fault) -> Side {
+    match fault {
+        Fault::Caller => Side::Caller,
+        Fault::Guest => Side::Guest,
+        _ => Side::Host,
+    }
+}
+
+/// For what reads and writes as `std` and tokio do. The error itself is inside.
+impl From<ClientError> for io::Error {
+    fn from(error: ClientError) -> Self {
+        let kind = match &error {
+            ClientError::Lost { .. } => io::ErrorKind::ConnectionReset,
+            ClientError::AgentGone | ClientError::Changed { .. } => io::ErrorKind::UnexpectedEof,
+            ClientError::Broken(_) | ClientError::Damaged { .. } => io::ErrorKind::InvalidData,
+            ClientError::File(error) => error.kind(),
+            _ => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// The other way: one of ours comes out again, any other is one of the caller's own.
+impl From<io::Error> for ClientError {
+    fn from(error: io::Error) -> Self {
+        error.downcast().unwrap_or_else(Self::Source)
     }
 }

@@ -1,212 +1,141 @@
 //! A command in a VM: its output as it comes, its input, its signals, its end. The last frame ends
 //! it; nothing waits for the peer after that.
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::{Context, Poll, ready};
 
+use futures::Stream;
 use protocol::frame::MAX_DATA;
 use protocol::id::ProcessId;
 use protocol::process::{
-    CommandMode, OutputMode, ProcessEnded, ProcessStarted, SignalProcess, StartProcess, StdinMode,
+    OutputGap, OutputMode, ProcessEnded, ProcessStarted, ResizeTerminal, SignalProcess,
+    StartProcess, TerminalSize,
 };
-use protocol::{ErrorBody, Kind};
-use tokio::io::{ReadHalf, WriteHalf};
+use protocol::{Frame, Kind};
 use tokio::sync::Mutex;
-use tokio_util::compat::Compat;
 
-use crate::api::AgentStream;
-use crate::connection::Place;
+use crate::agent::{AgentStream, Replies, Requests, out_of_order};
+use crate::command::Command;
 use crate::error::ClientError;
-use crate::frames::{self, Frames};
+use crate::output::Output;
+use crate::typing::InputWriter;
+use crate::vm::Vm;
 
-/// What to run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command {
-    mode: CommandMode,
-    command: Vec<Vec<u8>>,
-    cwd: Vec<u8>,
-    env: Vec<(Vec<u8>, Option<Vec<u8>>)>,
-    stdin: StdinMode,
-    user: Vec<u8>,
-    deadline_ms: Option<u64>,
-    memory_bytes: Option<u64>,
-}
+/// How often a start whose connection was lost is sent again. Its id makes that harmless.
+const REPEATS: u32 = 2;
 
-impl Command {
-    /// A program and its arguments, without a shell.
-    pub fn argv<T: Into<Vec<u8>>>(arguments: impl IntoIterator<Item = T>) -> Self {
-        Self::new(
-            CommandMode::Argv,
-            arguments.into_iter().map(Into::into).collect(),
-        )
+impl Vm {
+    /// Runs a command whose output comes to us and is never lost: while we do not read it, the
+    /// command is held back.
+    pub async fn exec(&self, command: Command) -> Result<Execution, ClientError> {
+        let request = command.into_request(OutputMode::Follow)?;
+        let (replies, requests) = self.begin_process(&request).await?;
+        Ok(Execution::on(request.id, replies, requests))
     }
 
-    /// One line for `sh -c`.
-    pub fn shell(line: impl Into<Vec<u8>>) -> Self {
-        Self::new(CommandMode::Shell, vec![line.into()])
-    }
-
-    fn new(mode: CommandMode, command: Vec<Vec<u8>>) -> Self {
-        Self {
-            mode,
-            command,
-            cwd: Vec::new(),
-            env: Vec::new(),
-            stdin: StdinMode::Null,
-            user: Vec::new(),
-            deadline_ms: None,
-            memory_bytes: None,
+    /// A stream on which a start was sent.
+    pub(crate) async fn begin_process(
+        &self,
+        request: &StartProcess,
+    ) -> Result<(Replies, Requests), ClientError> {
+        let mut left = REPEATS;
+        loop {
+            match self.begin(request).await {
+                Err(ClientError::Lost { .. }) if left > 0 => left = left.saturating_sub(1),
+                result => return result.map_err(ClientError::repeatable),
+            }
         }
     }
-
-    /// Where to run it; a relative directory starts at /workspace.
-    #[must_use]
-    pub fn cwd(mut self, directory: impl Into<Vec<u8>>) -> Self {
-        self.cwd = directory.into();
-        self
-    }
-
-    /// Sets a variable.
-    #[must_use]
-    pub fn env(mut self, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> Self {
-        self.env.push((key.into(), Some(value.into())));
-        self
-    }
-
-    /// Takes a variable away.
-    #[must_use]
-    pub fn env_remove(mut self, key: impl Into<Vec<u8>>) -> Self {
-        self.env.push((key.into(), None));
-        self
-    }
-
-    /// Gives it a standard input that [`Input::write`] writes to; without this it is /dev/null.
-    #[must_use]
-    pub fn stdin_pipe(mut self) -> Self {
-        self.stdin = StdinMode::Pipe;
-        self
-    }
-
-    /// Runs it as a user of the VM, by name or number; without this as root.
-    #[must_use]
-    pub fn user(mut self, user: impl Into<Vec<u8>>) -> Self {
-        self.user = user.into();
-        self
-    }
-
-    /// Ends it after so long, first with SIGTERM; without this it may take for ever.
-    #[must_use]
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline_ms = Some(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
-        self
-    }
-
-    /// How many bytes of memory it and what it starts may use together.
-    #[must_use]
-    pub fn memory(mut self, bytes: u64) -> Self {
-        self.memory_bytes = Some(bytes);
-        self
-    }
-
-    pub(crate) fn into_request(self) -> Result<StartProcess, ClientError> {
-        let mut id = [0; 16];
-        getrandom::fill(&mut id).map_err(ClientError::Random)?;
-        Ok(StartProcess {
-            id: ProcessId(id),
-            mode: self.mode,
-            command: self.command,
-            cwd: self.cwd,
-            env: self.env,
-            stdin: self.stdin,
-            output: OutputMode::Follow,
-            user: self.user,
-            deadline_ms: self.deadline_ms,
-            memory_bytes: self.memory_bytes,
-            terminal: None,
-        })
-    }
 }
 
-/// Something that happened to a running command.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Output {
-    /// It runs, with this process identifier inside the VM.
-    Started {
-        /// For people; it may be reused.
-        pid: u32,
-    },
-    /// Bytes of its standard output.
-    Stdout(Vec<u8>),
-    /// Bytes of its standard error.
-    Stderr(Vec<u8>),
-}
-
-/// A command that runs or has run. Dropping it leaves the command to the agent.
+/// A command that runs or has run. Dropping it leaves the command to the agent, and
+/// [`Vm::process`] finds it again.
+///
+/// ```no_run
+/// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// use client::{Command, Output};
+/// let mut run = vm.exec(Command::shell("make")).await?;
+/// while let Some(output) = run.next().await? {
+///     if let Output::Stdout(bytes) | Output::Stderr(bytes) = output {
+///         print!("{}", String::from_utf8_lossy(&bytes));
+///     }
+/// }
+/// println!("ended with {:?}", run.ended().map(|ended| ended.exit_code));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Execution {
-    frames: Frames<ReadHalf<Io>>,
+    id: ProcessId,
+    replies: Replies,
     input: Input,
     started: bool,
     ended: Option<ProcessEnded>,
-    _place: Place,
+    offset: u64,
+    failed: bool,
 }
-
-type Io = Compat<yamux::Stream>;
 
 impl Execution {
     /// Starts the command on an agent's stream.
-    pub async fn start(
-        mut stream: AgentStream,
-        request: &StartProcess,
-    ) -> Result<Self, ClientError> {
-        frames::write(&mut stream.io, request).await?;
-        Ok(Self::on(stream))
+    pub async fn start(stream: AgentStream, request: &StartProcess) -> Result<Self, ClientError> {
+        let (replies, mut requests) = stream.split();
+        requests.send(request).await?;
+        Ok(Self::on(request.id, replies, requests))
     }
 
     /// The command whose request was sent on this stream already.
-    pub(crate) fn on(stream: AgentStream) -> Self {
-        let (read, write) = tokio::io::split(stream.io);
+    fn on(id: ProcessId, replies: Replies, requests: Requests) -> Self {
         Self {
-            frames: Frames::resume(read, &stream.before),
-            input: Input(Arc::new(Mutex::new(write))),
+            id,
+            replies,
+            input: Input::new(requests),
             started: false,
             ended: None,
-            _place: stream.place,
+            offset: 0,
+            failed: false,
         }
+    }
+
+    /// The process's identifier, by which it is found again.
+    pub fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// The merged offset of what comes next: where to follow on after a broken connection.
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// What happens next; none when the command has ended: see [`Execution::ended`]. Dropping the
     /// call loses nothing.
     pub async fn next(&mut self) -> Result<Option<Output>, ClientError> {
+        std::future::poll_fn(|cx| self.poll_output(cx)).await
+    }
+
+    fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Output>, ClientError>> {
         loop {
             if self.ended.is_some() {
-                return Ok(None);
+                return Poll::Ready(Ok(None));
             }
-            let Some(frame) = self.frames.next().await.map_err(gone)? else {
-                return Err(ClientError::AgentGone);
-            };
+            let frame = ready!(self.replies.poll_next(cx)).map_err(ClientError::repeatable)?;
             match frame.kind {
                 Kind::PROCESS_STARTED if !self.started => {
                     let started: ProcessStarted = protocol::decode(&frame)?;
                     self.started = true;
-                    return Ok(Some(Output::Started { pid: started.pid }));
+                    return Poll::Ready(Ok(Some(Output::Started { pid: started.pid })));
                 }
-                Kind::STDOUT if self.started => return Ok(Some(Output::Stdout(frame.body))),
-                Kind::STDERR if self.started => return Ok(Some(Output::Stderr(frame.body))),
                 Kind::PROCESS_ENDED => self.ended = Some(protocol::decode(&frame)?),
-                Kind::ERROR => {
-                    let error: ErrorBody = protocol::decode(&frame)?;
-                    return Err(ClientError::Refused(error));
+                kind if is_output(kind) && !self.started => {
+                    return Poll::Ready(Err(out_of_order(&frame)));
                 }
-                Kind::PROCESS_STARTED | Kind::STDOUT | Kind::STDERR => {
-                    return Err(ClientError::Broken(format!(
-                        "the agent sent kind {} out of order",
-                        frame.kind
-                    )));
+                Kind::PROCESS_STARTED => return Poll::Ready(Err(out_of_order(&frame))),
+                _ => {
+                    if let Some(output) = output(frame)? {
+                        self.offset = self.offset.saturating_add(output.length());
+                        return Poll::Ready(Ok(Some(output)));
+                    }
                 }
-                // A newer agent may say more than we know.
-                _ => {}
             }
         }
     }
@@ -228,35 +157,87 @@ impl Execution {
     }
 }
 
-/// An end inside a frame or a failed read: whichever it was, the stream into the VM is gone.
-fn gone(error: ClientError) -> ClientError {
-    match error {
-        ClientError::Lost(_) => ClientError::AgentGone,
-        other => other,
+/// The same as [`Execution::next`]; nothing follows an error.
+impl Stream for Execution {
+    type Item = Result<Output, ClientError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.failed {
+            return Poll::Ready(None);
+        }
+        let result = ready!(self.poll_output(cx));
+        self.failed = result.is_err();
+        Poll::Ready(result.transpose())
     }
+}
+
+pub(crate) fn is_output(kind: Kind) -> bool {
+    matches!(kind, Kind::STDOUT | Kind::STDERR | Kind::OUTPUT_GAP)
+}
+
+/// The output in a frame; a newer agent may say more than we know.
+pub(crate) fn output(frame: Frame) -> Result<Option<Output>, ClientError> {
+    Ok(Some(match frame.kind {
+        Kind::STDOUT => Output::Stdout(frame.body),
+        Kind::STDERR => Output::Stderr(frame.body),
+        Kind::OUTPUT_GAP => Output::Gap {
+            bytes: protocol::decode::<OutputGap>(&frame)?.bytes,
+        },
+        _ => return Ok(None),
+    }))
 }
 
 /// A command's input and signals. Clones write to the same command, one frame at a time; a signal
 /// waits for input that was written before it.
+///
+/// ```no_run
+/// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// let run = vm.exec(client::Command::argv(["sort"]).stdin_pipe()).await?;
+/// run.input().write(b"b\na\n").await?;
+/// run.input().end().await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
-pub struct Input(Arc<Mutex<WriteHalf<Io>>>);
+pub struct Input(Arc<Mutex<Requests>>);
 
 impl Input {
+    pub(crate) fn new(requests: Requests) -> Self {
+        Self(Arc::new(Mutex::new(requests)))
+    }
+
     /// Writes bytes to the standard input, waiting while the command does not read.
     pub async fn write(&self, bytes: &[u8]) -> Result<(), ClientError> {
         for chunk in bytes.chunks(MAX_DATA) {
-            frames::write_raw(&mut *self.0.lock().await, Kind::STDIN, chunk).await?;
+            self.0.lock().await.send_raw(Kind::STDIN, chunk).await?;
         }
         Ok(())
     }
 
+    /// The same as a writer.
+    pub fn writer(&self) -> InputWriter {
+        InputWriter::new(self.clone())
+    }
+
     /// Says that no more standard input comes.
     pub async fn end(&self) -> Result<(), ClientError> {
-        frames::write_raw(&mut *self.0.lock().await, Kind::STDIN_END, &[]).await
+        self.0.lock().await.send_raw(Kind::STDIN_END, &[]).await
     }
 
     /// Sends a signal to the command's process group, by its number on Linux x86-64.
     pub async fn signal(&self, signal: u8) -> Result<(), ClientError> {
-        frames::write(&mut *self.0.lock().await, &SignalProcess { signal }).await
+        self.0.lock().await.send(&SignalProcess { signal }).await
+    }
+
+    /// Changes the size of its terminal.
+    pub async fn resize(&self, columns: u16, rows: u16) -> Result<(), ClientError> {
+        let size = TerminalSize { columns, rows };
+        self.0.lock().await.send(&ResizeTerminal { size }).await
+    }
+
+    /// Sends what has no place here: the answer is `Unsupported`, and tells that everything before
+    /// it has been taken.
+    pub(crate) async fn ask_for_an_answer(&self) -> Result<(), ClientError> {
+        self.0.lock().await.send_raw(Kind::HELLO, &[]).await
     }
 }

@@ -1,8 +1,12 @@
 //! Frames off a stream and onto it. At most one frame and one read's bytes are held.
 
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
 use protocol::frame::{self, HEADER_LEN, MAX_BODY};
 use protocol::{Frame, FrameReader, Kind, Message};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::error::ClientError;
 
@@ -31,23 +35,30 @@ impl<R: AsyncRead + Unpin> Frames<R> {
 
     /// The next frame; none at an end between frames. Dropping the call loses nothing.
     pub(crate) async fn next(&mut self) -> Result<Option<Frame>, ClientError> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// The same for those who poll.
+    pub(crate) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Frame>, ClientError>> {
         loop {
             let mut rest = self.buffer.get(self.start..self.end).unwrap_or_default();
             let frame = self.reader.push(&mut rest)?;
             self.start = self.end.saturating_sub(rest.len());
             if frame.is_some() {
-                return Ok(frame);
+                return Poll::Ready(Ok(frame));
             }
-            let count = self
-                .inner
-                .read(&mut self.buffer)
-                .await
-                .map_err(|error| ClientError::Lost(error.to_string()))?;
+            let mut buffer = ReadBuf::new(&mut self.buffer);
+            let read = ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buffer));
+            let count = buffer.filled().len();
+            read.map_err(ClientError::lost)?;
             self.start = 0;
             self.end = count;
             if count == 0 {
                 self.reader.finish()?;
-                return Ok(None);
+                return Poll::Ready(Ok(None));
             }
         }
     }
@@ -79,15 +90,6 @@ pub(crate) async fn write<M: Message, W: AsyncWrite + Unpin>(
     write_bytes(writer, &encode(message)?).await
 }
 
-/// Writes one frame.
-pub(crate) async fn write_raw<W: AsyncWrite + Unpin>(
-    writer: &mut W,
-    kind: Kind,
-    body: &[u8],
-) -> Result<(), ClientError> {
-    write_bytes(writer, &framed(kind, body)?).await
-}
-
 /// Writes whole frames at once: every write of its own is a packet of its own.
 pub(crate) async fn write_bytes<W: AsyncWrite + Unpin>(
     writer: &mut W,
@@ -99,7 +101,7 @@ pub(crate) async fn write_bytes<W: AsyncWrite + Unpin>(
     };
     written
         .await
-        .map_err(|error: std::io::Error| ClientError::Lost(error.to_string()))
+        .map_err(|error: std::io::Error| ClientError::lost(error))
 }
 
 /// A message as a frame.
@@ -109,7 +111,7 @@ pub(crate) fn encode<M: Message>(message: &M) -> Result<Vec<u8>, ClientError> {
     framed(M::KIND, &body)
 }
 
-fn framed(kind: Kind, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+pub(crate) fn framed(kind: Kind, body: &[u8]) -> Result<Vec<u8>, ClientError> {
     let mut bytes = Vec::with_capacity(HEADER_LEN.saturating_add(body.len()));
     frame::append(&mut bytes, kind, body).map_err(|_| {
         ClientError::Unsendable(format!("{} bytes; at most {MAX_BODY} fit", body.len()))

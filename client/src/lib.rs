@@ -35,18 +35,37 @@
     )
 )]
 
+mod agent;
 mod api;
+pub mod blocking;
+mod command;
 mod connection;
+mod dial;
 mod endpoint;
 mod error;
 mod exec;
+pub mod file;
+mod follow;
 mod frames;
+mod link;
+mod output;
+mod process;
 mod transport;
 mod trust;
+mod typing;
+mod vm;
 
-pub use api::{AgentStream, Client, Vm, new_vm};
+pub use agent::AgentStream;
+pub use api::{Client, new_vm};
+pub use command::{Command, new_process_id};
+pub use dial::Dialogue;
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::{ClientError, Side};
-pub use exec::{Command, Execution, Input, Output};
+pub use exec::{Execution, Input};
+pub use follow::Follow;
+pub use output::{Output, ReadFrom, Record, Utf8Decoder};
+pub use process::Process;
 pub use protocol;
 pub use trust::{Fetched, Trust, TrustError, fetch_ca};
+pub use typing::InputWriter;
+pub use vm::Vm;

@@ -19,6 +19,14 @@ use crate::error::ClientError;
 use crate::transport;
 
 /// Which certificate authorities vouch for an appliance.
+///
+/// ```no_run
+/// # fn example() -> Result<(), client::TrustError> {
+/// let trust = client::Trust::from_pem_file("ca.pem".as_ref())?;
+/// # let _ = trust;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Trust {
     authorities: Vec<CertificateDer<'static>>,

@@ -241,7 +241,7 @@ pub(crate) async fn frames_that_break_the_rules_are_refused(
 pub(crate) async fn one_stream_too_many_is_refused_and_the_others_live(
     context: &mut Context,
 ) -> Result<(), Failure> {
-    let limits = *context
+    let limits = context
         .client
         .limits()
         .ok_or_else(|| Failure::new("no limits in HelloOk"))?;
