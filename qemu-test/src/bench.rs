@@ -1,6 +1,8 @@
 //! The measurements that docs/performance.md shows, as a Markdown table. They are taken, never
 //! asserted: a slow machine makes large numbers, not a failure.
 
+mod agent;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +19,9 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 const CREATES: usize = 5;
 const ROUND_TRIPS: usize = 200;
 
+/// What goes through a VM's agent at a time; emulation makes some MiB a second of it.
+const MEBIBYTES: u64 = 16;
+
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 enum BenchError {
@@ -30,6 +35,10 @@ enum BenchError {
     Client(#[from] client::ClientError),
     #[error("no number in `{0}`")]
     NoNumber(String),
+    #[error("bytes are missing of {0}")]
+    Lost(String),
+    #[error("lost in between: {0}")]
+    Io(#[from] std::io::Error),
     #[error("not done within {} s", DEADLINE.as_secs())]
     Deadline,
 }
@@ -134,6 +143,7 @@ async fn measure(layout: &Layout, target: &Path) -> Result<(), BenchError> {
             size.map_or("not built".into(), kib),
         );
     }
+    agent::measure(&client, &made).await?;
     client.delete(vm::reference(&made)).await?;
     appliance.home().power_off().await?;
     Ok(())
@@ -172,6 +182,11 @@ fn spread(times: &mut [Duration]) -> String {
 
 fn millis(time: Duration) -> String {
     format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
+
+/// Of [`MEBIBYTES`] in so many seconds.
+fn rate(seconds: f64) -> String {
+    format!("{:.1} MiB/s", MEBIBYTES as f64 / seconds)
 }
 
 fn kib(kib: u64) -> String {
