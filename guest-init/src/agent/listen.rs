@@ -190,10 +190,10 @@ impl Agent {
             configuration: Mutex::default(),
             registry: Registry::new(logs),
             terminals: Terminals::find(),
-            uploads: match machine {
-                Machine::Own => Uploads::kept_in(PathBuf::from(UPLOADS)),
-                Machine::Borrowed => Uploads::default(),
-            },
+            uploads: Uploads::kept_in(match machine {
+                Machine::Own => Some(PathBuf::from(UPLOADS)),
+                Machine::Borrowed => None,
+            }),
             streams: AtomicUsize::new(0),
             powering_off: AtomicBool::new(false),
         });

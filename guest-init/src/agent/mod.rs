@@ -82,7 +82,7 @@ pub(crate) struct Agent {
     configuration: Mutex<Configuration>,
     registry: Registry,
     terminals: Terminals,
-    uploads: file::Uploads,
+    uploads: Arc<file::Uploads>,
     streams: AtomicUsize,
     powering_off: AtomicBool,
 }

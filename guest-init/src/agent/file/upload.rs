@@ -1,13 +1,15 @@
 //! What uploads leave behind until they are complete: hidden files beside the one that they are to
 //! become. How many there are, and how old, is bounded: the list of them is kept here and, in a
-//! machine of its own, as links in a directory, so that a new run of the machine knows them too.
+//! machine of its own, as links in a directory, so that a new run of the machine knows them too. As
+//! long as there are any, a thread sleeps until the next one is too old.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
@@ -21,13 +23,17 @@ use super::error::{failed, invalid, refused};
 use super::path::{self, Place};
 use super::{info, path::follow};
 use crate::agent::stream::{Stream, StreamError};
-use crate::agent::{Agent, lock};
+use crate::agent::{Agent, lock, start_thread};
 use crate::log;
 
 /// Broken uploads that are kept; the oldest goes first.
 const MAX_KEPT: usize = 64;
+/// Links of an earlier run that are looked at: those of every stream that could write then, too.
+const MAX_LINKS: usize = 1024;
 /// How long a broken upload is kept.
 const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// What the link to an upload that nobody can resume has behind the upload's name.
+const ONCE: &str = ".once";
 /// How the hidden files are called, before the upload's name.
 const PREFIX: &str = ".supvm-upload-";
 /// Bytes that are hashed in one go.
@@ -36,9 +42,12 @@ const CHUNK: usize = 128 << 10;
 const LOOK: u64 = 256 << 20;
 
 /// All uploads that have a file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Uploads {
     known: Mutex<HashMap<UploadId, Known>>,
+    /// A thread sleeps until the next one is too old. Changed while `known` is locked.
+    is_watched: AtomicBool,
+    max_age: Duration,
     /// Where the list is kept over a restart.
     index: Option<PathBuf>,
 }
@@ -48,19 +57,49 @@ struct Known {
     file: PathBuf,
     /// A stream writes it now.
     active: bool,
+    /// A later stream can go on with it.
+    resumable: bool,
     touched: SystemTime,
 }
 
+impl Known {
+    /// How long it may still be kept, if no stream writes it; zero when it is too old.
+    fn left(&self, max_age: Duration) -> Option<Duration> {
+        let age = self.touched.elapsed().unwrap_or_default();
+        (!self.active).then(|| max_age.saturating_sub(age))
+    }
+}
+
 impl Uploads {
-    /// Takes up the list of an earlier run.
-    pub(crate) fn load(&self) {
+    /// A list that is kept in this directory, or not kept at all.
+    pub(crate) fn kept_in(index: Option<PathBuf>) -> Arc<Self> {
+        Self::of_age(index, MAX_AGE)
+    }
+
+    fn of_age(index: Option<PathBuf>, max_age: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            known: Mutex::default(),
+            is_watched: AtomicBool::new(false),
+            max_age,
+            index,
+        })
+    }
+
+    /// Takes up the list of an earlier run. What nobody can resume is removed at once.
+    pub(crate) fn load(self: &Arc<Self>) {
         let Some(index) = &self.index else { return };
         let Ok(links) = std::fs::read_dir(index) else {
             return;
         };
         let mut known = lock(&self.known);
-        for link in links.flatten().take(MAX_KEPT) {
-            let Some(upload) = link.file_name().to_str().and_then(parse_id) else {
+        for link in links.flatten().take(MAX_LINKS) {
+            let name = link.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let (id, resumable) = match name.strip_suffix(ONCE) {
+                Some(id) => (id, false),
+                None => (name, true),
+            };
+            let Some(upload) = parse_id(id) else {
                 continue;
             };
             let Ok(file) = std::fs::read_link(link.path()) else {
@@ -69,29 +108,71 @@ impl Uploads {
             let ours = file.file_name() == Some(hidden_name(upload).as_os_str());
             let about = std::fs::symlink_metadata(&file).and_then(|about| about.modified());
             match about {
-                Ok(touched) if ours => {
+                Ok(touched) if ours && resumable => {
                     known.entry(upload).or_insert(Known {
                         file,
                         active: false,
+                        resumable,
                         touched,
                     });
                 }
-                _ => drop(std::fs::remove_file(link.path())),
+                other => {
+                    if ours && other.is_ok() {
+                        log::info(format_args!("event=upload_swept upload={upload}"));
+                        // It may have gone by itself.
+                        let _ = std::fs::remove_file(&file);
+                    }
+                    // It will be looked at again by the next run if it stays.
+                    let _ = std::fs::remove_file(link.path());
+                }
             }
         }
-        self.sweep(&mut known, 0);
+        self.sweep(&mut known);
+        self.watch(&mut known);
     }
 
-    /// A list that is kept in this directory.
-    pub(crate) fn kept_in(index: PathBuf) -> Self {
-        Self {
-            known: Mutex::default(),
-            index: Some(index),
+    /// Sees to it that what is kept now goes when it is too old, whatever else happens.
+    fn watch(self: &Arc<Self>, known: &mut HashMap<UploadId, Known>) {
+        if self.next_end(known).is_none() || self.is_watched.swap(true, Ordering::AcqRel) {
+            return;
         }
+        let uploads = Arc::clone(self);
+        let started = start_thread("uploads", move || {
+            while let Some(left) = uploads.sweep_old() {
+                std::thread::sleep(left.saturating_add(Duration::from_millis(1)));
+            }
+        });
+        if let Err(error) = started {
+            self.is_watched.store(false, Ordering::Release);
+            log::warn(format_args!("event=uploads_not_watched error={error}"));
+        }
+    }
+
+    /// Removes what is too old. Says when the next one will be; if there is none, nobody watches.
+    fn sweep_old(&self) -> Option<Duration> {
+        let mut known = lock(&self.known);
+        self.sweep(&mut known);
+        let next = self.next_end(&known);
+        if next.is_none() {
+            self.is_watched.store(false, Ordering::Release);
+        }
+        next
+    }
+
+    fn next_end(&self, known: &HashMap<UploadId, Known>) -> Option<Duration> {
+        known
+            .values()
+            .filter_map(|one| one.left(self.max_age))
+            .min()
     }
 
     /// Claims an upload for one stream.
-    pub(crate) fn claim(&self, upload: UploadId, file: &Path) -> Result<Claim<'_>, ErrorBody> {
+    pub(crate) fn claim(
+        self: &Arc<Self>,
+        upload: UploadId,
+        file: &Path,
+        resumable: bool,
+    ) -> Result<Claim<'_>, ErrorBody> {
         let mut known = lock(&self.known);
         match known.get(&upload) {
             Some(other) if other.active => {
@@ -109,12 +190,13 @@ impl Uploads {
         let entry = Known {
             file: file.to_path_buf(),
             active: true,
+            resumable,
             touched: SystemTime::now(),
         };
         if known.insert(upload, entry).is_none() {
-            self.remember(upload, file);
+            self.remember(upload, file, resumable);
         }
-        self.sweep(&mut known, MAX_KEPT);
+        self.sweep(&mut known);
         Ok(Claim {
             uploads: self,
             upload,
@@ -122,41 +204,30 @@ impl Uploads {
         })
     }
 
-    /// Removes what is too old, and the oldest of what is too many. With `most` zero only age counts.
-    fn sweep(&self, known: &mut HashMap<UploadId, Known>, most: usize) {
-        let now = SystemTime::now();
-        let is_old = |one: &Known| {
-            now.duration_since(one.touched)
-                .is_ok_and(|age| age > MAX_AGE)
-        };
-        let mut gone: Vec<UploadId> = known
+    /// Removes what is too old, and the oldest of what is too many.
+    fn sweep(&self, known: &mut HashMap<UploadId, Known>) {
+        let mut idle: Vec<(Duration, UploadId)> = known
             .iter()
-            .filter(|(_, one)| !one.active && is_old(one))
-            .map(|(upload, _)| *upload)
+            .filter_map(|(upload, one)| Some((one.left(self.max_age)?, *upload)))
             .collect();
-        let mut idle: Vec<(SystemTime, UploadId)> = known
-            .iter()
-            .filter(|(upload, one)| !one.active && !gone.contains(upload))
-            .map(|(upload, one)| (one.touched, *upload))
-            .collect();
-        if most > 0 && idle.len() > most {
-            idle.sort();
-            let excess = idle.len().saturating_sub(most);
-            gone.extend(idle.iter().take(excess).map(|(_, upload)| *upload));
-        }
-        for upload in gone {
+        idle.sort();
+        let excess = idle.len().saturating_sub(MAX_KEPT);
+        for (index, (left, upload)) in idle.into_iter().enumerate() {
+            if !left.is_zero() && index >= excess {
+                break;
+            }
             if let Some(one) = known.remove(&upload) {
                 log::info(format_args!("event=upload_swept upload={upload}"));
                 // It may have gone by itself.
                 let _ = std::fs::remove_file(&one.file);
-                self.forget(upload);
+                self.forget(upload, one.resumable);
             }
         }
     }
 
-    fn remember(&self, upload: UploadId, file: &Path) {
+    fn remember(&self, upload: UploadId, file: &Path, resumable: bool) {
         let Some(index) = &self.index else { return };
-        let link = index.join(upload.to_string());
+        let link = index.join(link_name(upload, resumable));
         let made =
             std::fs::create_dir_all(index).and_then(|()| std::os::unix::fs::symlink(file, &link));
         if let Err(error) = made {
@@ -166,10 +237,10 @@ impl Uploads {
         }
     }
 
-    fn forget(&self, upload: UploadId) {
+    fn forget(&self, upload: UploadId, resumable: bool) {
         if let Some(index) = &self.index {
             // It may never have been listed.
-            let _ = std::fs::remove_file(index.join(upload.to_string()));
+            let _ = std::fs::remove_file(index.join(link_name(upload, resumable)));
         }
     }
 }
@@ -177,7 +248,7 @@ impl Uploads {
 /// An upload that one stream has for itself.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
-    uploads: &'a Uploads,
+    uploads: &'a Arc<Uploads>,
     upload: UploadId,
     /// Whether the file stays when the stream has ended.
     keep: bool,
@@ -198,11 +269,12 @@ impl Drop for Claim<'_> {
                 one.active = false;
                 one.touched = SystemTime::now();
             }
-            self.uploads.sweep(&mut known, MAX_KEPT);
+            self.uploads.sweep(&mut known);
+            self.uploads.watch(&mut known);
         } else if let Some(one) = known.remove(&self.upload) {
             // After success it has its final name already.
             let _ = std::fs::remove_file(&one.file);
-            self.uploads.forget(self.upload);
+            self.uploads.forget(self.upload, one.resumable);
         }
     }
 }
@@ -210,6 +282,11 @@ impl Drop for Claim<'_> {
 /// How the hidden file is called.
 pub(crate) fn hidden_name(upload: UploadId) -> OsString {
     OsString::from(format!("{PREFIX}{upload}"))
+}
+
+/// How the link to it is called.
+fn link_name(upload: UploadId, resumable: bool) -> String {
+    format!("{upload}{}", if resumable { "" } else { ONCE })
 }
 
 fn parse_id(text: &str) -> Option<UploadId> {
@@ -267,7 +344,7 @@ pub(super) fn query(
         let path = path::parse(request.path, &agent.workspace)?;
         let hidden = hidden_file(&path, request.upload)?;
         // While it is looked at, nobody writes it.
-        let mut claim = agent.uploads.claim(request.upload, &hidden)?;
+        let mut claim = agent.uploads.claim(request.upload, &hidden, true)?;
         let place = Place::open(&hidden)?;
         let file = open_kept(&place, request.upload)
             .map_err(|errno| refused("open", &hidden, errno))?
@@ -298,7 +375,7 @@ pub(super) fn query(
 pub(super) fn discard(agent: &Agent, request: DropUpload) -> Result<FileDone, ErrorBody> {
     let path = path::parse(request.path, &agent.workspace)?;
     let hidden = hidden_file(&path, request.upload)?;
-    let _claim = agent.uploads.claim(request.upload, &hidden)?;
+    let _claim = agent.uploads.claim(request.upload, &hidden, true)?;
     match std::fs::remove_file(&hidden) {
         Ok(()) => Ok(FileDone {}),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(no_such(request.upload)),
@@ -397,9 +474,9 @@ mod tests {
         UploadId(id)
     }
 
-    fn leave(uploads: &Uploads, directory: &Path, upload: UploadId) -> PathBuf {
+    fn leave(uploads: &Arc<Uploads>, directory: &Path, upload: UploadId) -> PathBuf {
         let file = directory.join(hidden_name(upload));
-        let mut claim = uploads.claim(upload, &file).unwrap();
+        let mut claim = uploads.claim(upload, &file, true).unwrap();
         std::fs::write(&file, b"half").unwrap();
         claim.keep(true);
         drop(claim);
@@ -409,7 +486,7 @@ mod tests {
     #[test]
     fn no_more_than_so_many_broken_uploads_are_kept_and_the_oldest_goes_first() {
         let directory = tempfile::tempdir().unwrap();
-        let uploads = Uploads::default();
+        let uploads = Uploads::kept_in(None);
         let files: Vec<_> = (0..MAX_KEPT + 3)
             .map(|number| leave(&uploads, directory.path(), id(number)))
             .collect();
@@ -422,7 +499,7 @@ mod tests {
     fn a_broken_upload_is_swept_when_it_is_old_also_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
         let index = directory.path().join("index");
-        let uploads = Uploads::kept_in(index.clone());
+        let uploads = Uploads::kept_in(Some(index.clone()));
         let old = leave(&uploads, directory.path(), id(1));
         let new = leave(&uploads, directory.path(), id(2));
         let long_ago = SystemTime::now() - MAX_AGE - Duration::from_secs(60);
@@ -433,12 +510,12 @@ mod tests {
             .set_modified(long_ago)
             .unwrap();
         drop(uploads);
-        let uploads = Uploads::kept_in(index.clone());
+        let uploads = Uploads::kept_in(Some(index.clone()));
         uploads.load();
         assert!(!old.exists());
         assert!(new.exists());
         assert_eq!(std::fs::read_dir(&index).unwrap().count(), 1);
-        drop(uploads.claim(id(2), &new).unwrap());
+        drop(uploads.claim(id(2), &new, true).unwrap());
         assert!(!new.exists(), "one that is not kept goes at once");
         assert_eq!(std::fs::read_dir(&index).unwrap().count(), 0);
     }
@@ -454,17 +531,61 @@ mod tests {
         let file = File::options().write(true).open(&precious).unwrap();
         file.set_modified(long_ago).unwrap();
         std::os::unix::fs::symlink(&precious, index.join(id(1).to_string())).unwrap();
-        Uploads::kept_in(index).load();
+        Uploads::kept_in(Some(index)).load();
         assert!(precious.exists());
+    }
+
+    fn eventually(what: &str, done: impl Fn() -> bool) {
+        for _ in 0..6000 {
+            if done() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{what}: not within a minute");
+    }
+
+    #[test]
+    fn a_broken_upload_goes_when_it_is_old_though_nothing_else_happens() {
+        let directory = tempfile::tempdir().unwrap();
+        let uploads = Uploads::of_age(None, Duration::from_millis(300));
+        for round in 0..2 {
+            let first = leave(&uploads, directory.path(), id(round));
+            let second = leave(&uploads, directory.path(), id(round + 10));
+            let claim = uploads.claim(id(round + 10), &second, true).unwrap();
+            eventually("it goes", || !first.exists());
+            assert!(second.exists(), "one that is being written stays");
+            drop(claim);
+            eventually("nobody watches", || {
+                !uploads.is_watched.load(Ordering::Acquire)
+            });
+        }
+    }
+
+    #[test]
+    fn what_nobody_can_resume_goes_with_the_next_run() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = directory.path().join("index");
+        let uploads = Uploads::kept_in(Some(index.clone()));
+        let file = directory.path().join(hidden_name(id(1)));
+        let claim = uploads.claim(id(1), &file, false).unwrap();
+        std::fs::write(&file, b"half").unwrap();
+        // As when the machine loses its power.
+        std::mem::forget(claim);
+        let kept = leave(&uploads, directory.path(), id(2));
+        Uploads::kept_in(Some(index.clone())).load();
+        assert!(!file.exists());
+        assert!(kept.exists());
+        assert_eq!(std::fs::read_dir(&index).unwrap().count(), 1);
     }
 
     #[test]
     fn two_streams_never_write_one_upload() {
-        let uploads = Uploads::default();
-        let first = uploads.claim(id(1), Path::new("/x/a")).unwrap();
-        let error = uploads.claim(id(1), Path::new("/x/a")).unwrap_err();
+        let uploads = Uploads::kept_in(None);
+        let first = uploads.claim(id(1), Path::new("/x/a"), true).unwrap();
+        let error = uploads.claim(id(1), Path::new("/x/a"), true).unwrap_err();
         assert_eq!(error.code, ErrorCode::FileBusy);
         drop(first);
-        assert!(uploads.claim(id(1), Path::new("/x/a")).is_ok());
+        assert!(uploads.claim(id(1), Path::new("/x/a"), true).is_ok());
     }
 }

@@ -163,10 +163,10 @@ impl<'a> Sink<'a> {
             None => upload::fresh_id().map_err(|errno| refused("write", &path, errno))?,
         };
         let hidden = parent.join(upload::hidden_name(upload));
-        let mut claim = agent.uploads.claim(upload, &hidden)?;
+        let resumable = request.upload.is_some();
+        let mut claim = agent.uploads.claim(upload, &hidden, resumable)?;
         let mut place = Place::open(&hidden)?;
         place.name = name;
-        let resumable = request.upload.is_some();
         // What an earlier stream left must not be lost by a request that is refused.
         claim.keep(resumable);
         let file = open_hidden(&place, upload, request.offset, &path)?;

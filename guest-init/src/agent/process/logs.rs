@@ -20,8 +20,6 @@ pub(crate) const MAX_LOG: u64 = 64 << 20;
 pub(crate) const MAX_LOGS: u64 = 512 << 20;
 /// Output is written at the latest so long after it came.
 const LATER: Duration = Duration::from_secs(1);
-/// Unwritten output that is written at once.
-const MUCH: u64 = 384 << 10;
 /// Writes for one process before others have their turn.
 const ROUNDS: u32 = 4;
 /// Pieces of one write.
@@ -87,13 +85,22 @@ impl Logs {
 
     /// Output has come or the process has ended: has it written in time.
     pub(crate) fn note(&self, process: &Arc<Process>) {
+        let urgent = lock(&process.output).is_urgent();
+        self.enqueue(process, urgent);
+    }
+
+    /// Has it written at once: the process waits for it.
+    pub(crate) fn hurry(&self, process: &Arc<Process>) {
+        self.enqueue(process, true);
+    }
+
+    fn enqueue(&self, process: &Arc<Process>, urgent: bool) {
         if self.directory.is_none() {
             return;
         }
-        let much = {
+        {
             let mut output = lock(&process.output);
-            let much = output.unlogged() >= MUCH;
-            let queued = if much {
+            let queued = if urgent {
                 &mut output.queued.now
             } else {
                 &mut output.queued.later
@@ -101,17 +108,16 @@ impl Logs {
             if std::mem::replace(queued, true) {
                 return;
             }
-            much
-        };
+        }
         let mut queue = lock(&self.queue);
-        if much {
+        if urgent {
             queue.now.push_back(Arc::clone(process));
         } else {
             let now = Instant::now();
             let at = now.checked_add(LATER).unwrap_or(now);
             queue.later.push_back((at, Arc::clone(process)));
         }
-        let wake = much || queue.idle;
+        let wake = urgent || queue.idle;
         queue.idle = false;
         drop(queue);
         if wake {

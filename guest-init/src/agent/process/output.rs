@@ -18,6 +18,8 @@ use super::watcher::Watcher;
 pub(crate) const RING: u64 = 64 << 10;
 /// What one process may keep while [`PLENTY`] lasts.
 const WINDOW: u64 = 1 << 20;
+/// Unlogged output that is written at once.
+const MUCH: u64 = 384 << 10;
 /// What all processes may keep beyond their [`RING`]s, in bytes.
 const PLENTY: usize = 2 << 20;
 /// Reads at least so long become a chunk as they are; shorter ones are copied together.
@@ -145,12 +147,12 @@ impl Output {
         } else {
             followed
         };
-        let window = if IN_USE.load(Ordering::Relaxed) < PLENTY {
-            WINDOW
-        } else {
-            RING
-        };
-        window.saturating_sub(self.head.saturating_sub(owed))
+        window().saturating_sub(self.head.saturating_sub(owed))
+    }
+
+    /// The log should take what it has not got soon: it is much, or leaves no room.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.unlogged() >= MUCH.min(window())
     }
 
     /// There would be room if the log were faster.
@@ -348,6 +350,15 @@ impl Drop for Output {
     }
 }
 
+/// What one process may keep in memory now.
+fn window() -> u64 {
+    if IN_USE.load(Ordering::Relaxed) < PLENTY {
+        WINDOW
+    } else {
+        RING
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -357,6 +368,19 @@ mod tests {
         scratch.resize(MAX_DATA.max(bytes.len()), 0);
         output.append(Source::Stdout, &mut scratch, bytes.len());
         assert_eq!(scratch.len(), MAX_DATA);
+    }
+
+    #[test]
+    fn output_that_only_the_log_can_make_room_for_is_urgent_also_when_memory_is_scarce() {
+        let mut others = Output::new(true, true);
+        let mut output = Output::new(true, true);
+        for _ in 0..PLENTY / MAX_DATA {
+            put(&mut others, &[7; MAX_DATA]);
+        }
+        put(&mut output, &[7; MAX_DATA - 1]);
+        assert!(output.room() > 0 && !output.is_urgent());
+        put(&mut output, b"x");
+        assert!(output.room() == 0 && output.is_urgent());
     }
 
     #[test]

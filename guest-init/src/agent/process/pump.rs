@@ -160,6 +160,8 @@ impl Pump {
         };
         if by_log {
             self.stalled.get_or_insert_with(Instant::now);
+            // What is there may have been little when there was more room for all.
+            self.agent.registry.logs.hurry(&self.process);
         } else {
             self.stalled = None;
         }
