@@ -20,6 +20,8 @@ mod start;
 mod terminal;
 mod user;
 
+#[cfg(fuzzing)]
+pub(crate) use command::Command;
 pub(crate) use command::check_key;
 pub(crate) use drain::Drain;
 #[cfg(test)]
@@ -28,6 +30,8 @@ pub(crate) use output::{Piece, as_u64};
 pub(crate) use registry::Registry;
 pub(crate) use spawn::note_ignored_signals;
 pub(crate) use terminal::Terminals;
+#[cfg(fuzzing)]
+pub(crate) use user::fuzz as fuzz_users;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -40,6 +44,7 @@ use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 use super::poll::{self, Interest};
 use super::stream::{Stream, StreamError};
 use super::{Agent, lock};
+#[cfg(not(fuzzing))]
 use command::Command;
 use life::Process;
 use output::{Phase, Watcher};
