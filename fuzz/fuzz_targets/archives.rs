@@ -3,22 +3,6 @@
 //! it.
 
 #![no_main]
-#![allow(dead_code, unexpected_cfgs, unreachable_pub, unused_imports)]
-
-// The agent is a program, not a library: its modules are compiled into this one.
-#[path = "../../guest-init/src/agent/mod.rs"]
-mod agent;
-#[path = "../../guest-init/src/boot/mod.rs"]
-mod boot;
-#[path = "../../guest-init/src/cgroup.rs"]
-mod cgroup;
-#[path = "../../guest-init/src/log.rs"]
-mod log;
-#[path = "../../guest-init/src/reaper.rs"]
-mod reaper;
-#[path = "../../guest-init/src/system/mod.rs"]
-mod system;
-
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
@@ -48,7 +32,7 @@ fuzz_target!(|bytes: &[u8]| {
     mend(&mut archive);
     archive.extend([0; 1024]);
     let place = place().path();
-    let _ = agent::fuzz_archive(&place.join("tree"), usize::from(*cut) * 8, &archive);
+    fuzz::archive(&place.join("tree"), usize::from(*cut) * 8, &archive);
     let left: Vec<_> = std::fs::read_dir(place)
         .expect("it is still there")
         .collect();

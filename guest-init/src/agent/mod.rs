@@ -23,6 +23,8 @@ mod clock;
 mod configure;
 mod dial;
 mod file;
+#[cfg(fuzzing)]
+pub(crate) mod fuzz;
 mod health;
 mod listen;
 mod poll;
@@ -34,6 +36,8 @@ mod stream;
 pub(crate) use file::fuzz_archive;
 pub(crate) use listen::{UnixOptions, serve_unix, serve_vsock};
 pub(crate) use power::power_off;
+#[cfg(fuzzing)]
+pub(crate) use process::fuzz_users;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

@@ -83,6 +83,13 @@ fn hosts_with(old: &[u8], hostname: &str) -> Vec<u8> {
     text
 }
 
+/// The user's lines of anything survive, and once is as good as twice.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(hosts: &[u8]) {
+    let once = hosts_with(hosts, "supvm-name");
+    assert_eq!(hosts_with(&once, "supvm-name"), once);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

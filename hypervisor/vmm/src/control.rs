@@ -266,6 +266,51 @@ fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Serves packets, each with so many descriptors, as control's on one connection after the other,
+/// for a fuzz target. Gives how many streams were asked for, and whether the machine was to end.
+#[cfg(fuzzing)]
+pub fn fuzz(packets: &[(&[u8], Vec<BorrowedFd<'_>>)]) -> io::Result<(usize, bool)> {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    struct Counted(Rc<Cell<usize>>);
+
+    impl Streams for Counted {
+        fn connect(&self, _: u64, _: u32, _: bool, _: UnixStream) {
+            self.0.set(self.0.get().saturating_add(1));
+        }
+    }
+
+    let pair = || {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let family = nix::sys::socket::AddressFamily::Unix;
+        nix::sys::socket::socketpair(family, SockType::SeqPacket, None, flags)
+    };
+    let (listen, _) = pair()?;
+    let vm = "vm-00000000".parse().map_err(io::Error::other)?;
+    let run = Run { vm, generation: 1 };
+    let count = Rc::new(Cell::new(0));
+    let mut control = Control::new(listen, run, 1, Counted(Rc::clone(&count)))?;
+    let mut ours = None;
+    for (bytes, attached) in packets {
+        if control.connection.is_none() {
+            let (mine, theirs) = pair()?;
+            control.connection = Some(theirs);
+            ours = Some(mine);
+        }
+        let Some(peer) = &ours else { break };
+        channel::send_bytes(peer.as_fd(), bytes, attached).map_err(io::Error::other)?;
+        if control.serve() == Next::SwitchOff {
+            return Ok((count.get(), true));
+        }
+        // What is answered is a packet of ours.
+        while let Ok(Some(answer)) = channel::receive(peer.as_fd()) {
+            assert!(answer.descriptors.is_empty());
+        }
+    }
+    Ok((count.get(), false))
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;

@@ -26,6 +26,8 @@ use protocol::host::vmm::Ending;
 use console_log::ConsoleLog;
 use machine::Machine;
 
+#[cfg(fuzzing)]
+pub use control::fuzz as fuzz_control;
 pub use descriptors::{DescriptorError, Descriptors};
 pub use ending::Cause;
 

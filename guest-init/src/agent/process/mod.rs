@@ -22,6 +22,8 @@ mod terminal;
 mod user;
 mod watcher;
 
+#[cfg(fuzzing)]
+pub(crate) use command::Command;
 pub(crate) use command::check_key;
 pub(crate) use drain::Drain;
 #[cfg(test)]
@@ -30,6 +32,8 @@ pub(crate) use piece::{Piece, as_u64};
 pub(crate) use registry::Registry;
 pub(crate) use spawn::note_ignored_signals;
 pub(crate) use terminal::Terminals;
+#[cfg(fuzzing)]
+pub(crate) use user::fuzz as fuzz_users;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -44,6 +48,7 @@ use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 use super::poll::{self, Interest};
 use super::stream::{Stream, StreamError};
 use super::{Agent, lock};
+#[cfg(not(fuzzing))]
 use command::Command;
 use life::Process;
 use output::Phase;

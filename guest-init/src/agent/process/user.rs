@@ -110,6 +110,16 @@ fn with_groups(mut user: User, group: &[u8]) -> User {
     user
 }
 
+/// Looks somebody up in lists of anything; who is found can be told to the kernel.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(passwd: &[u8], group: &[u8], wanted: &[u8]) {
+    if let Some(user) = find_in(passwd, wanted) {
+        let user = with_groups(user, group);
+        assert!(user.identity.groups.len() <= MAX_GROUPS);
+        assert!(user.home.starts_with(b"/") && !user.home.contains(&0));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,8 @@
 
 pub mod block;
 mod fault;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod interrupt;
 mod limit;
 mod ring;

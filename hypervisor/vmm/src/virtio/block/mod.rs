@@ -27,3 +27,11 @@ pub fn block(
     let device = BlockDevice::new(backend)?;
     VirtioMmio::new(DeviceKind::Block, memory, Box::new(device), faults)
 }
+
+/// The device alone, for a fuzz target.
+#[cfg(fuzzing)]
+pub(super) fn disk_without_thread(
+    backend: Box<dyn BlockBackend>,
+) -> io::Result<Box<dyn super::worker::Device>> {
+    Ok(Box::new(BlockDevice::new(backend)?))
+}

@@ -43,3 +43,14 @@ pub fn vsock(
     let mmio = VirtioMmio::new(DeviceKind::Vsock, memory, Box::new(device), faults)?;
     Ok((mmio, VsockHost(inbox)))
 }
+
+/// The device alone, for a fuzz target.
+#[cfg(fuzzing)]
+pub(super) fn vsock_without_thread(
+    guest_cid: u64,
+    events: VsockEvents,
+) -> io::Result<(Box<dyn super::worker::Device>, VsockHost)> {
+    let inbox = Arc::new(Inbox::new(events)?);
+    let device = VsockDevice::new(guest_cid, Arc::clone(&inbox));
+    Ok((Box::new(device), VsockHost(inbox)))
+}
