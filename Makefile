@@ -34,7 +34,8 @@ test: setup ## Formatting, lints, unit tests, end-to-end scenarios.
 fuzz: setup ## Fuzzes every decoder for an hour (FUZZ_SECONDS=3600).
 	@.ci/fuzz.sh $(or $(FUZZ_SECONDS),3600)
 
-bench: images ## Measures; prints the table of docs/performance.md.
+bench: images ## Measures; prints the tables of docs/performance.md.
+	cargo run --release --quiet -p guest-init --example speed
 	peer=$$($(TARGET)/release/image-builder peer-qemu) && \
 	    $(TARGET)/release/qemu-test bench --peer "$$peer/peer-qemu.cpio"
 
