@@ -412,6 +412,8 @@ impl Client {
                 Ok(0) => return None,
                 Ok(count) => self.bytes.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                // A signal, such as that of a child of the test program.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => panic!("reading from the agent: {error}"),
             }
         }
