@@ -36,7 +36,7 @@ fn agent(logs: Option<PathBuf>, configuration: Configuration) -> Result<Arc<Agen
         configuration: Mutex::new(configuration),
         registry: Registry::new(logs),
         terminals: Terminals::find(),
-        uploads: Uploads::default(),
+        uploads: Uploads::kept_in(None),
         streams: AtomicUsize::new(0),
         powering_off: AtomicBool::new(false),
     }))
