@@ -53,6 +53,7 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::file::manage::ChangeOwner,
         protocol::file::manage::ResizeFile,
         protocol::file::manage::DirectoryPage,
+        protocol::file::manage::WalkDirectory,
         protocol::file::manage::FilesRemoved,
         protocol::file::manage::LinkTarget,
         protocol::file::FileInfo,

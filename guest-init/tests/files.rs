@@ -12,11 +12,12 @@ use std::path::PathBuf;
 use common::files::{ask, refusal};
 use common::{Agent, eventually};
 use protocol::file::manage::{
-    ChangeMode, ChangeOwner, DirectoryPage, FilesRemoved, LinkTarget, ListDirectory, MakeDirectory,
-    MakeSymlink, ReadLink, RemoveFile, RenameFile, ResizeFile, StatFile,
+    ChangeMode, ChangeOwner, DirectoryEntry, DirectoryPage, FilesRemoved, LinkTarget,
+    ListDirectory, MakeDirectory, MakeSymlink, ReadLink, RemoveFile, RenameFile, ResizeFile,
+    StatFile, WalkDirectory,
 };
 use protocol::file::{FileDone, FileInfo, FileType};
-use protocol::{ErrorCode, Kind};
+use protocol::{ErrorCode, Kind, message};
 
 fn stat(path: &str) -> StatFile {
     StatFile {
@@ -62,6 +63,77 @@ fn pages(agent: &Agent, request: &ListDirectory, mut between: impl FnMut()) -> V
         }
         between();
     }
+}
+
+/// All entries of a walk, and how many pages they came on.
+fn walk(agent: &Agent, path: &str) -> (Vec<DirectoryEntry>, usize) {
+    let mut client = agent.connect();
+    client.send(&WalkDirectory {
+        path: path.as_bytes().to_vec(),
+        targets: true,
+    });
+    let (mut entries, mut pages) = (Vec::new(), 0);
+    loop {
+        let frame = client.frame().expect("an answer");
+        if frame.kind == Kind::FILE_DONE {
+            assert_eq!(client.frame(), None);
+            return (entries, pages);
+        }
+        let page: DirectoryPage = message::decode(&frame).unwrap();
+        assert!(page.next.is_none() && !page.entries.is_empty());
+        entries.extend(page.entries);
+        pages += 1;
+    }
+}
+
+#[test]
+fn a_large_directory_is_listed_whole_on_one_stream() {
+    let agent = Agent::start();
+    let large = agent.workspace().join("large");
+    fs::create_dir(&large).unwrap();
+    assert_eq!(walk(&agent, "large"), (Vec::new(), 0));
+    for number in 0..5000 {
+        fs::write(large.join(format!("{number:05}")), b"12").unwrap();
+    }
+    symlink("00001", large.join("link")).unwrap();
+    let (mut entries, pages) = walk(&agent, "large");
+    assert!(pages > 3, "{pages} pages");
+    entries.sort_by(|one, other| one.name.cmp(&other.name));
+    // The same as in order.
+    let listed: DirectoryPage = ask(&agent, &list("large"));
+    assert_eq!(entries, listed.entries);
+    assert_eq!(entries[5000].info.target.as_deref(), Some(&b"00001"[..]));
+    let missing = WalkDirectory {
+        path: b"missing".to_vec(),
+        targets: false,
+    };
+    assert_eq!(refusal(&agent, &missing).code, ErrorCode::NoSuchFile);
+}
+
+#[test]
+fn a_walk_that_nobody_reads_waits_and_costs_no_memory() {
+    let agent = Agent::start();
+    let large = agent.workspace().join("large");
+    fs::create_dir(&large).unwrap();
+    for number in 0..20_000 {
+        fs::write(large.join(format!("{number:0>150}")), b"").unwrap();
+    }
+    let mut stuck: Vec<_> = (0..20)
+        .map(|_| {
+            let mut client = agent.connect();
+            client.send(&WalkDirectory {
+                path: b"large".to_vec(),
+                targets: false,
+            });
+            assert_eq!(client.frame().unwrap().kind, Kind::DIRECTORY_PAGE);
+            client
+        })
+        .collect();
+    // Whole, they would be more than 60 MiB.
+    let used = agent.own_kib();
+    assert!(used < 16 << 10, "{used} KiB");
+    let mut first = stuck.remove(0);
+    while first.frame().unwrap().kind == Kind::DIRECTORY_PAGE {}
 }
 
 #[test]
@@ -398,7 +470,7 @@ fn a_wide_and_deep_tree_is_removed_with_few_descriptors_and_little_memory() {
         most = most.max(agent.descriptors());
         !agent.workspace().join("tree").exists()
     });
-    let answer: FilesRemoved = protocol::message::decode(&client.frame().unwrap()).unwrap();
+    let answer: FilesRemoved = message::decode(&client.frame().unwrap()).unwrap();
     assert_eq!(answer.count, 150 * (1 + 100 + 20) + 1);
     assert!(most <= before + 40, "{most} descriptors, {before} before");
     let peak = agent.status_kib("VmHWM:");

@@ -141,6 +141,9 @@ impl Kind {
     pub const CHANGE_OWNER: Self = Self(0x0308);
     /// [`ResizeFile`](crate::file::manage::ResizeFile), answered by [`Kind::FILE_DONE`].
     pub const RESIZE_FILE: Self = Self(0x0309);
+    /// [`WalkDirectory`](crate::file::manage::WalkDirectory), answered by [`Kind::DIRECTORY_PAGE`]s
+    /// and [`Kind::FILE_DONE`].
+    pub const WALK_DIRECTORY: Self = Self(0x030a);
     /// [`FileInfo`](crate::file::FileInfo).
     pub const FILE_INFO: Self = Self(0x0320);
     /// [`FileDone`](crate::file::FileDone).

@@ -27,6 +27,17 @@ pub struct ListDirectory {
     pub targets: bool,
 }
 
+/// Lists a directory of any size in one reading and in the file system's order; answered by
+/// [`DirectoryPage`]s, of which none names a next one, and at the end by
+/// [`FileDone`](super::FileDone).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalkDirectory {
+    /// Which one.
+    pub path: Vec<u8>,
+    /// Read where symbolic links point.
+    pub targets: bool,
+}
+
 /// A name in a directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryEntry {
@@ -40,7 +51,7 @@ pub struct DirectoryEntry {
 /// Entries of a directory. What was there all the time is on exactly one page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryPage {
-    /// In the order of the names' bytes, without `.` and `..`.
+    /// Without `.` and `..`; of a listing, in the order of the names' bytes.
     pub entries: Vec<DirectoryEntry>,
     /// What to ask for as `after` next; none when this page is the last.
     pub next: Option<Vec<u8>>,
@@ -149,6 +160,7 @@ messages! {
     CHANGE_MODE => ChangeMode,
     CHANGE_OWNER => ChangeOwner,
     RESIZE_FILE => ResizeFile,
+    WALK_DIRECTORY => WalkDirectory,
     DIRECTORY_PAGE => DirectoryPage,
     FILES_REMOVED => FilesRemoved,
     LINK_TARGET => LinkTarget,
@@ -174,6 +186,11 @@ mod tests {
             targets: true,
         };
         golden(&list, b"\x07\0\0\0\x01\x03\0\x01p\x01a\xac\x02\x01");
+        let walk = WalkDirectory {
+            path: b"p".to_vec(),
+            targets: true,
+        };
+        golden(&walk, b"\x03\0\0\0\x0a\x03\0\x01p\x01");
         let info = FileInfo {
             file_type: FileType::Regular,
             mode: 1,

@@ -46,6 +46,7 @@ pub(crate) fn is_request(kind: Kind) -> bool {
             | Kind::CHANGE_MODE
             | Kind::CHANGE_OWNER
             | Kind::RESIZE_FILE
+            | Kind::WALK_DIRECTORY
             | Kind::READ_FILE
             | Kind::WRITE_FILE
             | Kind::QUERY_UPLOAD
@@ -77,6 +78,10 @@ pub(crate) fn serve(
         Kind::CHANGE_MODE => answer(stream, frame, |request| manage::change_mode(request, at)),
         Kind::CHANGE_OWNER => answer(stream, frame, |request| manage::change_owner(request, at)),
         Kind::RESIZE_FILE => answer(stream, frame, |request| manage::resize(request, at)),
+        Kind::WALK_DIRECTORY => match decode_body(&frame.body) {
+            Ok(request) => list::walk(agent, request, stream),
+            Err(error) => stream.refuse(&error.into()),
+        },
         Kind::QUERY_UPLOAD => match decode_body(&frame.body) {
             Ok(request) => upload::query(agent, request, stream),
             Err(error) => stream.refuse(&error.into()),
