@@ -42,16 +42,27 @@ fn agent(logs: Option<PathBuf>, configuration: Configuration) -> Result<Arc<Agen
     }))
 }
 
+/// What fits into a socket that nobody reads yet.
+const MAX_INPUT: usize = 100_000;
+
 /// Serves one stream of these bytes on this thread and gives the frames that were answered.
 fn serve(agent: &Arc<Agent>, bytes: &[u8]) -> Vec<Frame> {
     let (mut client, socket) = UnixStream::pair().expect("a socket pair");
     socket.set_nonblocking(true).expect("non-blocking");
+    let bytes = bytes.get(..MAX_INPUT).unwrap_or(bytes);
     client.write_all(bytes).expect("room for it");
     client.shutdown(Shutdown::Write).expect("an end");
-    let _ = agent.serve(Stream::new(socket.into()));
-    let mut answers = Vec::new();
-    // What the agent left unread comes back as a reset, behind the answers.
-    let _ = client.read_to_end(&mut answers);
+    let answers = std::thread::scope(|scope| {
+        // For one that does not read its answers the agent would wait, as it should.
+        let reader = scope.spawn(|| {
+            let mut answers = Vec::new();
+            // What the agent left unread comes back as a reset, behind the answers.
+            let _ = client.read_to_end(&mut answers);
+            answers
+        });
+        let _ = agent.serve(Stream::new(socket.into()));
+        reader.join().expect("answers")
+    });
     let (mut reader, mut rest, mut frames) = (FrameReader::new(), &answers[..], Vec::new());
     while let Some(frame) = reader.push(&mut rest).expect("frames") {
         frames.push(frame);
