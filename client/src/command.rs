@@ -6,6 +6,7 @@ use protocol::id::ProcessId;
 use protocol::process::{CommandMode, OutputMode, StartProcess, StdinMode, TerminalSize};
 
 use crate::error::ClientError;
+use crate::vm::Repeat;
 
 /// What to run.
 ///
@@ -121,6 +122,15 @@ impl Command {
     pub fn terminal(mut self, columns: u16, rows: u16) -> Self {
         self.terminal = Some(TerminalSize { columns, rows });
         self
+    }
+
+    /// Without an id of the caller's a repeat would be another process.
+    pub(crate) fn repeat(&self) -> Repeat {
+        if self.id.is_some() {
+            Repeat::Safe
+        } else {
+            Repeat::Unsafe
+        }
     }
 
     pub(crate) fn into_request(self, output: OutputMode) -> Result<StartProcess, ClientError> {

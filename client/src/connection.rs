@@ -139,9 +139,8 @@ impl Connection {
             .await
             .map_err(|_| self.lost())?;
         let (reply, stream) = oneshot::channel();
-        let wanted = Wanted::Stream(reply);
-        self.open.send(wanted).await.map_err(|_| self.lost())?;
-        let stream = stream.await.map_err(|_| self.lost())?;
+        let stream = self.want(Wanted::Stream(reply), stream).await;
+        let stream = stream.ok_or_else(|| self.lost())?;
         Ok(Stream {
             io: stream.compat(),
             place: Place {
@@ -154,9 +153,19 @@ impl Connection {
     /// Says goodbye; whatever is still under way on the connection ends.
     pub(crate) async fn close(&self) {
         let (reply, closed) = oneshot::channel();
-        if self.open.send(Wanted::Close(reply)).await.is_ok() {
-            // The driver has a deadline of its own.
-            let _ = closed.await;
+        // The driver has a deadline of its own.
+        let _: Option<()> = self.want(Wanted::Close(reply), closed).await;
+    }
+
+    /// Asks the driver; none when it has ended.
+    async fn want<T>(&self, wanted: Wanted, reply: oneshot::Receiver<T>) -> Option<T> {
+        self.open.send(wanted).await.ok()?;
+        // What is sent in the moment in which the driver ends stays in the channel, unread, for as
+        // long as the channel has a sender, which is us.
+        tokio::select! {
+            biased;
+            reply = reply => reply.ok(),
+            () = self.open.closed() => None,
         }
     }
 
@@ -174,10 +183,9 @@ impl Connection {
     /// less than the connection's.
     pub(crate) async fn why(&self, otherwise: ClientError) -> ClientError {
         let (reply, word) = oneshot::channel();
-        if self.open.send(Wanted::Word(reply)).await.is_ok() && word.await.is_ok() {
-            otherwise
-        } else {
-            self.lost()
+        match self.want(Wanted::Word(reply), word).await {
+            Some(()) => otherwise,
+            None => self.lost(),
         }
     }
 }

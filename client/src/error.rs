@@ -197,6 +197,14 @@ impl ClientError {
         }
     }
 
+    /// What a source said, which may be one of ours.
+    pub(crate) fn unwrapped(self) -> Self {
+        match self {
+            Self::Source(error) => error.into(),
+            other => other,
+        }
+    }
+
     /// The connection is gone; whether the request may be repeated is not known here.
     pub(crate) fn lost(reason: impl ToString) -> Self {
         Self::Lost {

@@ -23,27 +23,22 @@ use crate::typing::InputWriter;
 use crate::vm::Vm;
 
 /// How often a start whose connection was lost is sent again. Its id makes that harmless.
-const REPEATS: u32 = 2;
+pub(crate) const REPEATS: u32 = 2;
 
 impl Vm {
     /// Runs a command whose output comes to us and is never lost: while we do not read it, the
     /// command is held back.
     pub async fn exec(&self, command: Command) -> Result<Execution, ClientError> {
+        let repeat = command.repeat();
         let request = command.into_request(OutputMode::Follow)?;
-        let (replies, requests) = self.begin_process(&request).await?;
-        Ok(Execution::on(request.id, replies, requests))
-    }
-
-    /// A stream on which a start was sent.
-    pub(crate) async fn begin_process(
-        &self,
-        request: &StartProcess,
-    ) -> Result<(Replies, Requests), ClientError> {
         let mut left = REPEATS;
         loop {
-            match self.begin(request).await {
+            match self.begin(&request).await {
+                Ok((replies, requests)) => {
+                    return Ok(Execution::on(request.id, replies, requests));
+                }
                 Err(ClientError::Lost { .. }) if left > 0 => left = left.saturating_sub(1),
-                result => return result.map_err(ClientError::repeatable),
+                Err(error) => return Err(repeat.mark(error)),
             }
         }
     }
@@ -118,7 +113,8 @@ impl Execution {
             if self.ended.is_some() {
                 return Poll::Ready(Ok(None));
             }
-            let frame = ready!(self.replies.poll_next(cx)).map_err(ClientError::repeatable)?;
+            // To run it again would be to run it twice; it is to be followed on.
+            let frame = ready!(self.replies.poll_next(cx))?;
             match frame.kind {
                 Kind::PROCESS_STARTED if !self.started => {
                     let started: ProcessStarted = protocol::decode(&frame)?;

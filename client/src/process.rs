@@ -15,6 +15,7 @@ use protocol::{ErrorCode, Frame, Kind};
 use crate::agent::{Requests, converse, out_of_order};
 use crate::command::Command;
 use crate::error::ClientError;
+use crate::exec::REPEATS;
 use crate::follow::Follow;
 use crate::output::{Output, ReadFrom, Utf8Decoder};
 use crate::vm::{Repeat, Vm};
@@ -27,9 +28,20 @@ impl Vm {
     /// the last 64 MiB of it. One that could not be started has ended at once, as
     /// [`Process::info`] tells.
     pub async fn start(&self, command: Command) -> Result<Process, ClientError> {
+        let repeat = command.repeat();
         let request = command.into_request(OutputMode::Log)?;
-        let (mut replies, _requests) = self.begin_process(&request).await?;
-        let frame = replies.next().await.map_err(ClientError::repeatable)?;
+        let mut left = REPEATS;
+        let frame = loop {
+            let started = async {
+                let (mut replies, _requests) = self.begin(&request).await?;
+                replies.next().await
+            };
+            match started.await {
+                Ok(frame) => break frame,
+                Err(ClientError::Lost { .. }) if left > 0 => left = left.saturating_sub(1),
+                Err(error) => return Err(repeat.mark(error)),
+            }
+        };
         match frame.kind {
             Kind::PROCESS_STARTED | Kind::PROCESS_ENDED => Ok(self.process(request.id)),
             _ => Err(out_of_order(&frame)),

@@ -472,6 +472,21 @@ async fn a_tree_goes_out_and_in_again_without_being_held() {
 }
 
 #[tokio::test]
+async fn a_copy_between_vms_ends_with_the_one_that_is_lost() {
+    let (from, to) = (Machine::start().await, Machine::start().await);
+    let (near, far) = (from.vm().await, to.vm().await);
+    let large = fs::File::create(from.workspace().join("large")).unwrap();
+    large.set_len(4 << 30).unwrap();
+    let archive = near.pack("large").await.unwrap();
+    let copying = tokio::spawn(async move { far.unpack("copy", archive).await });
+    let begun = to.workspace().join("copy/large");
+    eventually("it has begun", || begun.exists()).await;
+    from.cut();
+    let error = soon(copying).await.unwrap().unwrap_err();
+    assert!(matches!(error, ClientError::Lost { .. }), "{error:?}");
+}
+
+#[tokio::test]
 async fn changes_are_told_as_they_happen() {
     let machine = Machine::start().await;
     let vm = machine.vm().await;

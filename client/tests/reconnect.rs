@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use client::protocol::Retry;
-use client::{ClientError, Command, Output, ReadFrom, Side};
+use client::{ClientError, Command, Output, ReadFrom, Side, new_process_id};
 use common::real::{Machine, soon};
 use common::{VM, info};
 
@@ -77,6 +77,69 @@ async fn a_reader_goes_on_where_it_was_cut_with_no_byte_lost_or_doubled() {
     let expected: String = (1..=300_000).map(|number| format!("{number}\n")).collect();
     assert!(said == expected.as_bytes());
     assert_eq!(reader.ended().unwrap().exit_code, 0);
+}
+
+#[tokio::test]
+async fn starts_between_cuts_start_each_process_once() {
+    let machine = Machine::start().await;
+    let vm = machine.vm().await;
+    let starting = vm.clone();
+    let starting = tokio::spawn(async move {
+        for number in 0..40 {
+            let command = Command::shell(format!("echo {number} >> started"));
+            let command = command.id(new_process_id().unwrap());
+            // A start repeats itself a few times; with an id whoever asked may go on so.
+            while let Err(error) = starting.start(command.clone()).await {
+                assert_eq!(error.retry(), Retry::Safe, "{error:?}");
+            }
+        }
+    });
+    let mut cuts = 0;
+    while !starting.is_finished() {
+        // Fewer and fewer, so that it ends on any machine.
+        cuts += 1;
+        tokio::time::sleep(Duration::from_millis(cuts)).await;
+        machine.cut();
+    }
+    soon(starting).await.unwrap();
+    let processes = loop {
+        match soon(vm.processes()).await {
+            Ok(processes) => break processes,
+            Err(error) => assert_eq!(error.retry(), Retry::Safe, "{error:?}"),
+        }
+    };
+    for process in &processes {
+        soon(vm.process(process.id).wait()).await.unwrap();
+    }
+    let started = std::fs::read_to_string(machine.workspace().join("started")).unwrap();
+    let mut numbers: Vec<u32> = started.lines().map(|line| line.parse().unwrap()).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..40).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_cut_execution_is_not_to_be_run_again_but_followed_on() {
+    let machine = Machine::start().await;
+    let vm = machine.vm().await;
+    let line = "echo one; read line; echo two";
+    let mut run = vm.exec(Command::shell(line).stdin_pipe()).await.unwrap();
+    while run.offset() < 4 {
+        soon(run.next()).await.unwrap();
+    }
+    machine.cut();
+    let error = soon(run.next()).await.unwrap_err();
+    assert!(
+        matches!(error, ClientError::Lost { safe: false, .. }),
+        "{error:?}"
+    );
+    let process = vm.process(run.id());
+    let mut reader = process
+        .follow(ReadFrom::Offset(run.offset()))
+        .await
+        .unwrap();
+    process.stdin(b"\n").await.unwrap();
+    let record = soon(reader.next()).await.unwrap().unwrap();
+    assert_eq!(record.output, Output::Stdout(b"two\n".to_vec()));
 }
 
 #[tokio::test]

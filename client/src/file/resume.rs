@@ -64,7 +64,7 @@ impl Vm {
             }
             left = left.saturating_sub(1);
             if left == 0 || !may_go_on(&error) {
-                return Err(error);
+                return Err(error.unwrapped());
             }
             may_exist = true;
             tokio::time::sleep(pause).await;
@@ -91,7 +91,7 @@ impl Vm {
         to.request.offset = 0;
         let mut hasher = blake3::Hasher::new();
         if let Some(kept) = kept.filter(|kept| kept.offset > 0) {
-            source.seek(SeekFrom::Start(0)).await?;
+            seek(source, 0).await?;
             let whole = hash(source, kept.offset, &mut hasher).await?;
             if whole && *hasher.finalize().as_bytes() == kept.blake3 {
                 to.request.offset = kept.offset;
@@ -100,11 +100,16 @@ impl Vm {
                 hasher = blake3::Hasher::new();
             }
         }
-        source.seek(SeekFrom::Start(to.request.offset)).await?;
+        seek(source, to.request.offset).await?;
         let (replies, requests) = self.begin(&to.request).await?;
         let request = &to.request;
         upload::write(replies, requests, request, Some(hasher), to.sparse, source).await
     }
+}
+
+async fn seek(source: &mut (impl AsyncSeek + Unpin), to: u64) -> Result<(), ClientError> {
+    let sought = source.seek(SeekFrom::Start(to)).await;
+    sought.map(drop).map_err(ClientError::Source)
 }
 
 /// Hashes so many bytes; false when the source has fewer.
@@ -116,7 +121,8 @@ async fn hash(
     let mut source = source.take(length);
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let count = source.read(&mut buffer).await?;
+        let read = source.read(&mut buffer).await;
+        let count = read.map_err(ClientError::Source)?;
         if count == 0 {
             return Ok(source.limit() == 0);
         }

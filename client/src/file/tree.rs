@@ -137,7 +137,8 @@ impl Vm {
             pour(&mut requests, archive, false, |_| ()).await?;
             requests.send(&WriteEnd { blake3: None }).await
         };
-        let answer = converse(&mut replies, saying, |_| false).await?;
+        let answer = converse(&mut replies, saying, |_| false).await;
+        let answer = answer.map_err(ClientError::unwrapped)?;
         Ok(protocol::decode(&answer)?)
     }
 }

@@ -120,7 +120,8 @@ impl Vm {
         let FileWrite { request, sparse } = to.into();
         let hasher = request.checksum.then(blake3::Hasher::new);
         let (replies, requests) = self.begin(&request).await?;
-        write(replies, requests, &request, hasher, sparse, source).await
+        let written = write(replies, requests, &request, hasher, sparse, source).await;
+        written.map_err(ClientError::unwrapped)
     }
 
     /// How far an upload has come that broke.
@@ -223,7 +224,8 @@ async fn fill<'b>(
         if room.is_empty() {
             break;
         }
-        match source.read(room).await? {
+        // Kept apart from errors of our own stream, whatever is inside.
+        match source.read(room).await.map_err(ClientError::Source)? {
             0 => break,
             count => end = end.saturating_add(count),
         }
