@@ -41,6 +41,8 @@ mod endpoint;
 mod error;
 mod exec;
 mod frames;
+#[cfg(feature = "patch")]
+pub mod patch;
 mod transport;
 mod trust;
 
