@@ -5,6 +5,7 @@
 mod patch_common;
 
 use std::io::{Read, Write};
+use std::sync::{Arc, Mutex};
 
 use patch_common::World;
 use serde_json::json;
@@ -387,4 +388,25 @@ fn an_answer_that_is_no_success_throws() {
         "try {{ sup.vm().upload('{host}/x') }} catch (e) {{ return [e.name, e.code, e.message.includes('404')] }}"
     ));
     assert_eq!(told, json!(["SupVMError", "HTTP_404", true]));
+}
+
+#[test]
+fn a_chunk_reaches_the_script_while_the_command_still_runs() {
+    let mut world = World::new();
+    let (go_on, wait) = std::sync::mpsc::channel();
+    // The process prints again only once the script has said that it saw the first chunk.
+    world.memory.1 = Some(Arc::new(Mutex::new(wait)));
+    let seen = Arc::clone(&world.screen);
+    let watcher = std::thread::spawn(move || {
+        while !String::from_utf8_lossy(&seen.lock().unwrap()).contains("first") {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        go_on.send(()).unwrap();
+    });
+    let told = world.json(
+        "const seen = []; for (const piece of sup.vm().execStreaming('slow').output()) { console.log(piece); seen.push(piece) }
+         return seen",
+    );
+    watcher.join().unwrap();
+    assert_eq!(told, json!(["first\n", "second\n"]));
 }

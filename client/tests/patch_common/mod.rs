@@ -28,8 +28,11 @@ pub struct Recorded {
     pub killed: bool,
 }
 
+/// What holds a process back until a test lets it go on.
+pub type Gate = Arc<Mutex<std::sync::mpsc::Receiver<()>>>;
+
 #[derive(Clone, Default)]
-pub struct Memory(pub Arc<Mutex<Recorded>>);
+pub struct Memory(pub Arc<Mutex<Recorded>>, pub Option<Gate>);
 
 pub fn ended(end: ProcessEnd, exit_code: u8, message: &str) -> ProcessEnded {
     ProcessEnded {
@@ -69,6 +72,7 @@ fn script(command: &Command) -> (Vec<(Source, Vec<u8>)>, ProcessEnded) {
             vec![],
             ended(ProcessEnd::Signalled, 139, "killed by signal SIGSEGV"),
         ),
+        "slow" => (vec![out("first\n"), out("second\n")], exited(0)),
         "big" => (vec![(Source::Stdout, vec![b'x'; 100 << 20])], exited(0)),
         _ => (vec![out(&format!("{line}\n"))], exited(0)),
     }
@@ -76,11 +80,18 @@ fn script(command: &Command) -> (Vec<(Source, Vec<u8>)>, ProcessEnded) {
 
 struct Reader {
     steps: std::vec::IntoIter<Record>,
+    gate: Option<Gate>,
 }
 
 impl Records for Reader {
     fn next(&mut self) -> Result<Record, Failure> {
-        Ok(self.steps.next().unwrap_or(Record::Replayed))
+        let step = self.steps.next().unwrap_or(Record::Replayed);
+        if let (Some(gate), Record::Data(_, bytes)) = (&self.gate, &step)
+            && bytes == b"second\n"
+        {
+            gate.lock().unwrap().recv().unwrap();
+        }
+        Ok(step)
     }
 }
 
@@ -160,6 +171,7 @@ impl Backend for Memory {
         steps.push(Record::Ended(end));
         Ok(Box::new(Reader {
             steps: steps.into_iter(),
+            gate: self.1.clone(),
         }))
     }
 
