@@ -49,6 +49,8 @@ mod follow;
 mod frames;
 mod link;
 mod output;
+#[cfg(feature = "patch")]
+pub mod patch;
 mod process;
 mod transport;
 mod trust;
