@@ -61,6 +61,8 @@ pub(crate) enum Task {
     },
     /// Run a command in a VM; its exit code becomes sup's, 255 means that it could not be run
     Exec(Exec),
+    /// Open a shell in a VM, at a terminal
+    Shell(Shell),
     /// Delete VMs and their disks
     Rm {
         /// Ids or names
@@ -104,17 +106,41 @@ pub(crate) struct Exec {
     /// The VM's id or name
     pub(crate) vm: VmRef,
     /// Where to run it; a relative directory starts at /workspace
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) cwd: String,
     /// An environment variable
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) env: Vec<(String, String)>,
+    /// The user to run it as, by name or number; without this root
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) user: String,
     /// Give the command, one argument, to `sh -c`
     #[arg(long)]
     pub(crate) shell: bool,
-    /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    /// Do not wait for it; print the id by which `ps`, `logs`, `attach` and `kill` know it
+    #[arg(short, long, conflicts_with = "tty")]
+    pub(crate) detach: bool,
+    /// Give it a terminal: keys go to it one by one, and it can draw
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// The command and its arguments; put `--` before them if the first begins with `-`
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Where to begin; a relative directory starts at /workspace
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(crate) cwd: String,
+    /// An environment variable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// The user, by name or number; without this root
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) user: String,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -5,7 +5,9 @@ mod args;
 mod complaint;
 mod config;
 mod exec;
+mod session;
 mod show;
+mod terminal;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -26,7 +28,7 @@ const EXEC_FAILED: u8 = 255;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) => EXEC_FAILED,
+        Task::Exec(_) | Task::Shell(_) => EXEC_FAILED,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -104,6 +106,9 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
         }
         Task::Exec(exec) => {
             with_client(target()?, async |client| exec::run(client, exec).await).await
+        }
+        Task::Shell(shell) => {
+            with_client(target()?, async |client| exec::shell(client, shell).await).await
         }
         Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
         Task::Version => print(&format!(
