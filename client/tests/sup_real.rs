@@ -5,7 +5,6 @@
 mod common;
 
 use std::process::{Output, Stdio};
-use std::time::Duration;
 
 use common::real::{Machine, soon};
 use common::*;
@@ -171,4 +170,31 @@ async fn read_until(from: &mut (impl tokio::io::AsyncRead + Unpin), what: &str) 
         seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
     }
     seen
+}
+
+#[tokio::test]
+async fn a_detached_command_is_listed_read_and_ended_by_the_beginning_of_its_id() {
+    let machine = Machine::start().await;
+    let script = "echo one; echo two; exec sleep 1000";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let id = id.trim_end();
+    let short = &id[..12];
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1.trim_end(), id);
+    // The output is there soon; nothing says when.
+    let mut text = String::new();
+    while text != "two\n" {
+        text = run(&machine, &["logs", "-n", "1", VM, short]).await.1;
+    }
+    let (_, all, _) = run(&machine, &["logs", VM, short]).await;
+    assert_eq!(all, "one\ntwo\n");
+    let (code, _, said) = run(&machine, &["kill", "--grace", "1", VM, short]).await;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1, "");
+    let (_, json, _) = run(&machine, &["ps", "--all", "--json", VM]).await;
+    let list: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(list[0]["id"], id);
+    assert!(list[0]["exitCode"].is_number(), "{json}");
+    let (code, _, said) = run(&machine, &["kill", VM, "ffff"]).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("sup ps --all"), "{said}");
 }

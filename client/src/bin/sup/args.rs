@@ -63,6 +63,14 @@ pub(crate) enum Task {
     Exec(Exec),
     /// Open a shell in a VM, at a terminal
     Shell(Shell),
+    /// List the processes that were started through the appliance
+    Ps(Ps),
+    /// Print what a process has written
+    Logs(Logs),
+    /// Join a process: its output, our input; Ctrl-] leaves it at a terminal
+    Attach(Attach),
+    /// End processes and all that they started, or send them a signal
+    Kill(Kill),
     /// Delete VMs and their disks
     Rm {
         /// Ids or names
@@ -141,6 +149,70 @@ pub(crate) struct Shell {
     /// The user, by name or number; without this root
     #[arg(short, long, default_value = "", hide_default_value = true)]
     pub(crate) user: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ps {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Those that have ended, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// As a JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only the ids
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The process's id or its beginning
+    pub(crate) process: String,
+    /// Go on until the process ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only the last lines
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub(crate) tail: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The process's id or its beginning
+    pub(crate) process: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Ids or their beginnings
+    #[arg(required = true)]
+    pub(crate) processes: Vec<String>,
+    /// Seconds to end by itself before it is made to; without this 5
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) grace: Option<u64>,
+    /// Only send this signal, by name or number
+    #[arg(short, long, conflicts_with = "grace", value_parser = signal)]
+    pub(crate) signal: Option<u8>,
+}
+
+fn signal(text: &str) -> Result<u8, String> {
+    if let Ok(number) = text.parse::<u8>() {
+        return Ok(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = format!("SIG{}", upper.strip_prefix("SIG").unwrap_or(&upper));
+    name.parse::<nix::sys::signal::Signal>()
+        .ok()
+        .and_then(|signal| u8::try_from(signal as i32).ok())
+        .ok_or_else(|| "write it as TERM, SIGTERM or 15".into())
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

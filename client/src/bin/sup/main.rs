@@ -5,6 +5,7 @@ mod args;
 mod complaint;
 mod config;
 mod exec;
+mod processes;
 mod session;
 mod show;
 mod terminal;
@@ -28,7 +29,7 @@ const EXEC_FAILED: u8 = 255;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) | Task::Shell(_) => EXEC_FAILED,
+        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => EXEC_FAILED,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -109,6 +110,27 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
         }
         Task::Shell(shell) => {
             with_client(target()?, async |client| exec::shell(client, shell).await).await
+        }
+        Task::Ps(ps) => {
+            with_client(target()?, async |client| processes::ps(client, ps).await).await
+        }
+        Task::Logs(logs) => {
+            with_client(target()?, async |client| {
+                processes::logs(client, logs).await
+            })
+            .await
+        }
+        Task::Attach(attach) => {
+            with_client(target()?, async |client| {
+                processes::attach(client, attach).await
+            })
+            .await
+        }
+        Task::Kill(kill) => {
+            with_client(target()?, async |client| {
+                processes::kill(client, kill).await
+            })
+            .await
         }
         Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
         Task::Version => print(&format!(

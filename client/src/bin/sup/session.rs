@@ -273,3 +273,16 @@ pub(crate) async fn explain(client: &Client, vm: &VmRef, error: &ClientError) ->
         Err(error) => complaint.detail(error.to_string()),
     }
 }
+
+/// Shows output to its end; the process's own end is not ours.
+pub(crate) async fn follow_only(
+    client: &Client,
+    vm: &VmRef,
+    mut source: Source,
+) -> Result<u8, Complaint> {
+    match forward_output(&mut source).await {
+        Ok(()) => Ok(0),
+        Err(Stop::ReaderGone) => Ok(READER_GONE),
+        Err(Stop::Client(error)) => Err(explain(client, vm, &error).await),
+    }
+}
