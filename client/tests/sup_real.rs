@@ -198,3 +198,29 @@ async fn a_detached_command_is_listed_read_and_ended_by_the_beginning_of_its_id(
     assert_eq!(code, 1);
     assert!(said.contains("sup ps --all"), "{said}");
 }
+
+#[tokio::test]
+async fn a_forwarded_port_leads_into_the_vm_and_ctrl_c_ends_it() {
+    let machine = Machine::start().await;
+    // The agent dials loopback, and here that is ours.
+    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let ports = format!("0:{}", server.local_addr().unwrap().port());
+    let mut child = sup(&machine, &["forward", VM, &ports]).spawn().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut address = String::new();
+    soon(out.read_line(&mut address)).await.unwrap();
+    let mut near = tokio::net::TcpStream::connect(address.trim_end())
+        .await
+        .unwrap();
+    let (mut far, _) = soon(server.accept()).await.unwrap();
+    near.write_all(b"ask").await.unwrap();
+    near.shutdown().await.unwrap();
+    let mut text = String::new();
+    soon(far.read_to_string(&mut text)).await.unwrap();
+    far.write_all(b"answer").await.unwrap();
+    drop(far);
+    soon(near.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "askanswer");
+    interrupt(&child);
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}

@@ -71,6 +71,13 @@ pub(crate) enum Task {
     Attach(Attach),
     /// End processes and all that they started, or send them a signal
     Kill(Kill),
+    /// Print the address of a VM's web server
+    Url {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Lead a port of this machine to a port of a VM, until Ctrl-C
+    Forward(Forward),
     /// Delete VMs and their disks
     Rm {
         /// Ids or names
@@ -201,6 +208,34 @@ pub(crate) struct Kill {
     /// Only send this signal, by name or number
     #[arg(short, long, conflicts_with = "grace", value_parser = signal)]
     pub(crate) signal: Option<u8>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Forward {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The VM's port, or LOCAL:REMOTE; 0 as the local one takes any that is free
+    #[arg(value_name = "[LOCAL:]REMOTE")]
+    pub(crate) ports: Ports,
+}
+
+/// A port of 127.0.0.1 and the one that it leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ports {
+    pub(crate) local: u16,
+    pub(crate) remote: u16,
+}
+
+impl std::str::FromStr for Ports {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (local, remote) = text.split_once(':').unwrap_or((text, text));
+        match (local.parse(), remote.parse()) {
+            (Ok(local), Ok(remote)) if remote != 0 => Ok(Self { local, remote }),
+            _ => Err("write it as REMOTE or LOCAL:REMOTE, from 1 to 65535"),
+        }
+    }
 }
 
 fn signal(text: &str) -> Result<u8, String> {

@@ -5,6 +5,7 @@ mod args;
 mod complaint;
 mod config;
 mod exec;
+mod network;
 mod processes;
 mod session;
 mod show;
@@ -129,6 +130,17 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
         Task::Kill(kill) => {
             with_client(target()?, async |client| {
                 processes::kill(client, kill).await
+            })
+            .await
+        }
+        Task::Url { vm } => {
+            let url =
+                with_client(target()?, async |client| network::url(client, &vm).await).await?;
+            print(&format!("{url}\n"))
+        }
+        Task::Forward(forward) => {
+            with_client(target()?, async |client| {
+                network::forward(client, forward).await
             })
             .await
         }
