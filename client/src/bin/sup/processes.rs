@@ -34,7 +34,7 @@ pub(crate) async fn logs(client: &Client, logs: Logs) -> Result<u8, Complaint> {
         process.replay(from).await
     };
     match begun {
-        Ok(reader) => follow_only(client, &logs.vm, Source::Attached(reader)).await,
+        Ok(reader) => follow_only(client, &logs.vm, Source::Attached(Box::new(reader))).await,
         Err(error) => Err(explain(client, &logs.vm, &error).await),
     }
 }
@@ -51,7 +51,7 @@ pub(crate) async fn attach(client: &Client, attach: Attach) -> Result<u8, Compla
         terminal: reader.info().terminal,
         may_leave: true,
     };
-    let source = Source::Attached(reader);
+    let source = Source::Attached(Box::new(reader));
     stay(client, &attach.vm, source, manner, interrupts).await
 }
 

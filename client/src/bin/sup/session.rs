@@ -31,7 +31,7 @@ const LEAVE: u8 = 0x1d;
 /// Where the output comes from.
 pub(crate) enum Source {
     Started(Execution),
-    Attached(Follow),
+    Attached(Box<Follow>),
 }
 
 impl Source {
