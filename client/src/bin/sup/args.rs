@@ -61,6 +61,23 @@ pub(crate) enum Task {
     },
     /// Run a command in a VM; its exit code becomes sup's, 255 means that it could not be run
     Exec(Exec),
+    /// Open a shell in a VM, at a terminal
+    Shell(Shell),
+    /// List the processes that were started through the appliance
+    Ps(Ps),
+    /// Print what a process has written
+    Logs(Logs),
+    /// Join a process: its output, our input; Ctrl-] leaves it at a terminal
+    Attach(Attach),
+    /// End processes and all that they started, or send them a signal
+    Kill(Kill),
+    /// Print the address of a VM's web server
+    Url {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Lead a port of this machine to a port of a VM, until Ctrl-C
+    Forward(Forward),
     /// Delete VMs and their disks
     Rm {
         /// Ids or names
@@ -104,17 +121,133 @@ pub(crate) struct Exec {
     /// The VM's id or name
     pub(crate) vm: VmRef,
     /// Where to run it; a relative directory starts at /workspace
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) cwd: String,
     /// An environment variable
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) env: Vec<(String, String)>,
+    /// The user to run it as, by name or number; without this root
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) user: String,
     /// Give the command, one argument, to `sh -c`
     #[arg(long)]
     pub(crate) shell: bool,
-    /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    /// Do not wait for it; print the id by which `ps`, `logs`, `attach` and `kill` know it
+    #[arg(short, long, conflicts_with = "tty")]
+    pub(crate) detach: bool,
+    /// Give it a terminal: keys go to it one by one, and it can draw
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// The command and its arguments; put `--` before them if the first begins with `-`
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Where to begin; a relative directory starts at /workspace
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(crate) cwd: String,
+    /// An environment variable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// The user, by name or number; without this root
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) user: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ps {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Those that have ended, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// As a JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only the ids
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The process's id or its beginning
+    pub(crate) process: String,
+    /// Go on until the process ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only the last lines
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub(crate) tail: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The process's id or its beginning
+    pub(crate) process: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// Ids or their beginnings
+    #[arg(required = true)]
+    pub(crate) processes: Vec<String>,
+    /// Seconds to end by itself before it is made to; without this 5
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) grace: Option<u64>,
+    /// Only send this signal, by name or number
+    #[arg(short, long, conflicts_with = "grace", value_parser = signal)]
+    pub(crate) signal: Option<u8>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Forward {
+    /// The VM's id or name
+    pub(crate) vm: VmRef,
+    /// The VM's port, or LOCAL:REMOTE; 0 as the local one takes any that is free
+    #[arg(value_name = "[LOCAL:]REMOTE")]
+    pub(crate) ports: Ports,
+}
+
+/// A port of 127.0.0.1 and the one that it leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ports {
+    pub(crate) local: u16,
+    pub(crate) remote: u16,
+}
+
+impl std::str::FromStr for Ports {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (local, remote) = text.split_once(':').unwrap_or((text, text));
+        match (local.parse(), remote.parse()) {
+            (Ok(local), Ok(remote)) if remote != 0 => Ok(Self { local, remote }),
+            _ => Err("write it as REMOTE or LOCAL:REMOTE, from 1 to 65535"),
+        }
+    }
+}
+
+fn signal(text: &str) -> Result<u8, String> {
+    if let Ok(number) = text.parse::<u8>() {
+        return Ok(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = format!("SIG{}", upper.strip_prefix("SIG").unwrap_or(&upper));
+    name.parse::<nix::sys::signal::Signal>()
+        .ok()
+        .and_then(|signal| u8::try_from(signal as i32).ok())
+        .ok_or_else(|| "write it as TERM, SIGTERM or 15".into())
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -1,56 +1,89 @@
-//! `sup exec`: the command's output as it comes, our input as it comes, Ctrl-C to the command. It
-//! waits for the command's end and for nothing else, least of all for our own standard input.
+//! `sup exec` and `sup shell`: a new command, stayed with to its end or left to itself.
 
 use std::os::unix::ffi::OsStringExt;
 
-use client::protocol::process::ProcessEnded;
+use client::protocol::process::{ProcessEnd, ProcessEnded};
 use client::protocol::vm::VmRef;
-use client::{Client, ClientError, Command, Execution, Input, Output};
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use client::{Client, Command};
 
-use crate::args::Exec;
-use crate::complaint::{Complaint, harmless};
-use crate::show::end_reason;
+use crate::args::{Exec, Shell};
+use crate::complaint::Complaint;
+use crate::session::{INTERRUPTED, Interrupts, Manner, Source, explain, report, stay};
+use crate::terminal;
 
-/// SIGINT on Linux.
-const SIGINT: u8 = 2;
-
-/// What a shell returns for a command that SIGINT ended.
-const INTERRUPTED: u8 = 130;
-
-/// What a shell returns for a command whose reader went away (128 + SIGPIPE).
-const READER_GONE: u8 = 141;
+/// The best shell that the VM has, as one that was logged in to.
+const LOGIN_SHELL: &str = "if command -v bash >/dev/null; then exec bash -l; fi; exec sh -l";
 
 /// Runs the command; gives its exit code.
 pub(crate) async fn run(client: &Client, exec: Exec) -> Result<u8, Complaint> {
     let vm = exec.vm.clone();
+    let (tty, detach) = (exec.tty, exec.detach);
     let command = command(exec)?;
+    if detach {
+        return start(client, &vm, command).await;
+    }
+    interact(client, &vm, command, tty).await
+}
+
+/// A shell at a terminal.
+pub(crate) async fn shell(client: &Client, shell: Shell) -> Result<u8, Complaint> {
+    let command = drawn(Command::shell(LOGIN_SHELL));
+    let command = with(command, shell.cwd, shell.user, shell.env);
+    interact(client, &shell.vm, command, true).await
+}
+
+/// Without anybody who follows it; prints the id by which it is found.
+async fn start(client: &Client, vm: &VmRef, command: Command) -> Result<u8, Complaint> {
+    let process = match client.vm(vm.clone()).start(command).await {
+        Ok(process) => process,
+        Err(error) => return Err(explain(client, vm, &error).await),
+    };
+    // One that cannot be started is known as one that has ended.
+    if let Ok(info) = process.info().await
+        && let Some(ended) = info.ended.filter(never_ran)
+    {
+        return Ok(report(&ended));
+    }
+    crate::print(&format!("{}\n", process.id()))
+}
+
+fn never_ran(ended: &ProcessEnded) -> bool {
+    matches!(
+        ended.end,
+        ProcessEnd::NotFound
+            | ProcessEnd::NotExecutable
+            | ProcessEnd::NoSuchDirectory
+            | ProcessEnd::StartFailed
+    )
+}
+
+async fn interact(
+    client: &Client,
+    vm: &VmRef,
+    command: Command,
+    tty: bool,
+) -> Result<u8, Complaint> {
     let mut interrupts = Interrupts::new()?;
+    let mut command = command.stdin_pipe();
+    if tty {
+        let (columns, rows) = terminal::size();
+        command = command.terminal(columns, rows);
+    }
     let machine = client.vm(vm.clone());
     let execution = tokio::select! {
         execution = machine.exec(command) => execution,
         () = interrupts.next() => return Ok(INTERRUPTED),
     };
-    let mut execution = match execution {
-        Ok(execution) => execution,
-        Err(error) => return Err(explain(client, &vm, &error).await),
+    let source = match execution {
+        Ok(execution) => Source::Started(execution),
+        Err(error) => return Err(explain(client, vm, &error).await),
     };
-    let input = execution.input();
-    let forwarding = tokio::spawn(forward_stdin(input.clone()));
-    let result = tokio::select! {
-        result = forward_output(&mut execution) => result,
-        () = interrupt(&mut interrupts, &input) => return Ok(INTERRUPTED),
+    let manner = Manner {
+        input: true,
+        terminal: tty,
+        may_leave: false,
     };
-    forwarding.abort();
-    match result {
-        Ok(()) => {}
-        Err(Stop::ReaderGone) => return Ok(READER_GONE),
-        Err(Stop::Client(error)) => return Err(explain(client, &vm, &error).await),
-    }
-    match execution.ended() {
-        Some(ended) => Ok(report(ended)),
-        None => Err(explain(client, &vm, &ClientError::AgentGone).await),
-    }
+    stay(client, vm, source, manner, interrupts).await
 }
 
 fn command(exec: Exec) -> Result<Command, Complaint> {
@@ -68,107 +101,21 @@ fn command(exec: Exec) -> Result<Command, Complaint> {
     } else {
         Command::argv(arguments)
     };
-    let command = command.cwd(exec.cwd).stdin_pipe();
-    Ok(exec
-        .env
-        .into_iter()
-        .fold(command, |command, (key, value)| command.env(key, value)))
+    let command = if exec.tty { drawn(command) } else { command };
+    Ok(with(command, exec.cwd, exec.user, exec.env))
 }
 
-enum Stop {
-    /// Nobody reads our standard output any more.
-    ReaderGone,
-    Client(ClientError),
-}
-
-async fn forward_output(execution: &mut Execution) -> Result<(), Stop> {
-    let mut stdout = tokio::io::stdout();
-    let mut stderr = tokio::io::stderr();
-    while let Some(output) = execution.next().await.map_err(Stop::Client)? {
-        match output {
-            Output::Stdout(bytes) => write(&mut stdout, &bytes).await?,
-            Output::Stderr(bytes) => write(&mut stderr, &bytes).await?,
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-async fn write(out: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), Stop> {
-    let written = async {
-        out.write_all(bytes).await?;
-        out.flush().await
-    };
-    written.await.map_err(|_: std::io::Error| Stop::ReaderGone)
-}
-
-/// Ends with our input or with the command's; either is the command's affair.
-async fn forward_stdin(input: Input) {
-    let mut stdin = tokio::io::stdin();
-    let mut buffer = vec![0; 64 << 10];
-    while let Ok(count) = stdin.read(&mut buffer).await {
-        let bytes = buffer.get(..count).unwrap_or_default();
-        if count == 0 {
-            let _ = input.end().await;
-            return;
-        }
-        if input.write(bytes).await.is_err() {
-            return;
-        }
+/// Programs draw for the terminal that they are told of.
+fn drawn(command: Command) -> Command {
+    match std::env::var_os("TERM") {
+        Some(kind) => command.env("TERM", kind.into_vec()),
+        None => command,
     }
 }
 
-/// The first Ctrl-C goes to the command, the second ends us.
-async fn interrupt(interrupts: &mut Interrupts, input: &Input) {
-    interrupts.next().await;
-    let input = input.clone();
-    // A command that reads no input can hold this up; the second Ctrl-C does not wait for it.
-    tokio::spawn(async move { input.signal(SIGINT).await });
-    interrupts.next().await;
-}
-
-struct Interrupts(tokio::signal::unix::Signal);
-
-impl Interrupts {
-    fn new() -> Result<Self, Complaint> {
-        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
-            .map(Self)
-            .map_err(|error| Complaint::new("watching for Ctrl-C", error.to_string()))
-    }
-
-    async fn next(&mut self) {
-        if self.0.recv().await.is_none() {
-            std::future::pending().await
-        }
-    }
-}
-
-/// Says what the exit code alone does not.
-fn report(ended: &ProcessEnded) -> u8 {
-    if !ended.message.is_empty() {
-        eprintln!("sup: {}", harmless(&ended.message));
-    }
-    if ended.output_open {
-        eprintln!(
-            "sup: the command ended while something it started still held its output open; what \
-             that writes is not shown"
-        );
-    }
-    ended.exit_code
-}
-
-/// When the stream into the VM ended, the appliance knows why.
-async fn explain(client: &Client, vm: &VmRef, error: &ClientError) -> Complaint {
-    let what = format!("running a command in {vm}");
-    let complaint = Complaint::of(&what, error);
-    if !matches!(error, ClientError::AgentGone) {
-        return complaint;
-    }
-    match client.get(vm.clone()).await {
-        Ok(info) => match end_reason(info.end_reason) {
-            Some(reason) => complaint.detail(format!("{reason}: {}", info.end_message)),
-            None => complaint,
-        },
-        Err(error) => complaint.detail(error.to_string()),
-    }
+fn with(command: Command, cwd: String, user: String, env: Vec<(String, String)>) -> Command {
+    env.into_iter()
+        .fold(command.cwd(cwd).user(user), |command, (key, value)| {
+            command.env(key, value)
+        })
 }

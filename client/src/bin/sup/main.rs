@@ -5,7 +5,11 @@ mod args;
 mod complaint;
 mod config;
 mod exec;
+mod network;
+mod processes;
+mod session;
 mod show;
+mod terminal;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -26,7 +30,7 @@ const EXEC_FAILED: u8 = 255;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) => EXEC_FAILED,
+        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => EXEC_FAILED,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -104,6 +108,41 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
         }
         Task::Exec(exec) => {
             with_client(target()?, async |client| exec::run(client, exec).await).await
+        }
+        Task::Shell(shell) => {
+            with_client(target()?, async |client| exec::shell(client, shell).await).await
+        }
+        Task::Ps(ps) => {
+            with_client(target()?, async |client| processes::ps(client, ps).await).await
+        }
+        Task::Logs(logs) => {
+            with_client(target()?, async |client| {
+                processes::logs(client, logs).await
+            })
+            .await
+        }
+        Task::Attach(attach) => {
+            with_client(target()?, async |client| {
+                processes::attach(client, attach).await
+            })
+            .await
+        }
+        Task::Kill(kill) => {
+            with_client(target()?, async |client| {
+                processes::kill(client, kill).await
+            })
+            .await
+        }
+        Task::Url { vm } => {
+            let url =
+                with_client(target()?, async |client| network::url(client, &vm).await).await?;
+            print(&format!("{url}\n"))
+        }
+        Task::Forward(forward) => {
+            with_client(target()?, async |client| {
+                network::forward(client, forward).await
+            })
+            .await
         }
         Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
         Task::Version => print(&format!(

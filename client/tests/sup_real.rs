@@ -1,0 +1,226 @@
+//! `sup` against a real agent: what a person does with processes.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::process::{Output, Stdio};
+
+use common::real::{Machine, soon};
+use common::*;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+
+fn sup(machine: &Machine, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
+    command
+        .env_clear()
+        .env("HOME", machine.appliance.dir.path())
+        .env("SUP_ENDPOINT", machine.endpoint().to_string())
+        .env("SUP_TOKEN", TOKEN)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+fn told(output: Output) -> (i32, String, String) {
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+async fn run(machine: &Machine, arguments: &[&str]) -> (i32, String, String) {
+    told(soon(sup(machine, arguments).output()).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_commands_options_reach_it_and_its_exit_code_comes_back() {
+    let machine = Machine::start().await;
+    std::fs::create_dir(machine.workspace().join("sub")).unwrap();
+    let script = "pwd; echo $K; exit 7";
+    let (code, out, said) = run(
+        &machine,
+        &[
+            "exec", "--cwd", "sub", "--env", "K=v w", VM, "--", "sh", "-c", script,
+        ],
+    )
+    .await;
+    assert_eq!((code, said.as_str()), (7, ""));
+    assert!(out.ends_with("/sub\nv w\n"), "{out}");
+    // Without `--`, options after the command are the command's.
+    let (code, out, said) = run(&machine, &["exec", VM, "echo", "-u", "x"]).await;
+    assert_eq!((code, out.as_str()), (0, "-u x\n"), "{said}");
+    let (code, _, said) = run(&machine, &["exec", "-u", "no-such-user", VM, "true"]).await;
+    assert!(code == 126 || code == 255, "{code} {said}");
+    assert!(said.contains("no-such-user"), "{said}");
+}
+
+#[tokio::test]
+async fn standard_input_passes_through_unchanged() {
+    let machine = Machine::start().await;
+    let mut child = sup(&machine, &["exec", VM, "cat"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    let copy = sent.clone();
+    let writing = tokio::spawn(async move { stdin.write_all(&copy).await.unwrap() });
+    let output = soon(child.wait_with_output()).await.unwrap();
+    writing.await.unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout == sent);
+}
+
+#[tokio::test]
+async fn ctrl_c_reaches_the_command_which_may_answer_it() {
+    let machine = Machine::start().await;
+    let script = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 0.1; done";
+    let mut child = sup(&machine, &["exec", "--shell", VM, script])
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    soon(out.read_line(&mut line)).await.unwrap();
+    interrupt(&child);
+    line.clear();
+    soon(out.read_to_string(&mut line)).await.unwrap();
+    assert_eq!(line, "caught\n");
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(3));
+}
+
+fn interrupt(child: &tokio::process::Child) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+}
+
+#[tokio::test]
+async fn a_detached_command_prints_its_id_at_once_and_one_that_cannot_run_says_so() {
+    let machine = Machine::start().await;
+    let (code, out, said) = run(&machine, &["exec", "-d", VM, "sleep", "1000"]).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert_eq!(out.trim_end().len(), 32, "{out}");
+    let (code, out, said) = run(&machine, &["exec", "-d", VM, "no-such-program"]).await;
+    assert_eq!((code, out.as_str()), (127, ""));
+    assert!(said.contains("no-such-program"), "{said}");
+}
+
+#[tokio::test]
+async fn a_terminal_is_the_commands_for_its_time_and_then_as_it_was() {
+    let machine = Machine::start().await;
+    let size = nix::pty::Winsize {
+        ws_row: 33,
+        ws_col: 99,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let pty = nix::pty::openpty(Some(&size), None).unwrap();
+    let before = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let script = "stty size; echo ready; read line; echo got $line; exit 4";
+    let mut child = sup(&machine, &["exec", "-t", "--shell", VM, script])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    let mut master = tokio::fs::File::from_std(std::fs::File::from(pty.master));
+    let mut seen = read_until(&mut master, "ready").await;
+    assert!(seen.contains("33 99"), "{seen}");
+    let during = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+    assert!(
+        !during
+            .local_flags
+            .contains(nix::sys::termios::LocalFlags::ICANON)
+    );
+    master.write_all(b"word\r").await.unwrap();
+    master.flush().await.unwrap();
+    seen = read_until(&mut master, "got word").await;
+    assert!(seen.contains("got word"), "{seen}");
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(4));
+    let after = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+    assert_eq!(after.local_flags, before.local_flags);
+    // A signal that ends `sup` gives the terminal back, too.
+    let mut child = sup(
+        &machine,
+        &["exec", "-t", "--shell", VM, "echo up; sleep 1000"],
+    )
+    .stdin(end())
+    .stdout(end())
+    .spawn()
+    .unwrap();
+    read_until(&mut master, "up").await;
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(143));
+    let after = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+    assert_eq!(after.local_flags, before.local_flags);
+}
+
+async fn read_until(from: &mut (impl tokio::io::AsyncRead + Unpin), what: &str) -> String {
+    let mut seen = String::new();
+    let mut buffer = [0; 1024];
+    while !seen.contains(what) {
+        let count = soon(from.read(&mut buffer)).await.unwrap();
+        assert!(count > 0, "{seen}");
+        seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+    seen
+}
+
+#[tokio::test]
+async fn a_detached_command_is_listed_read_and_ended_by_the_beginning_of_its_id() {
+    let machine = Machine::start().await;
+    let script = "echo one; echo two; exec sleep 1000";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let id = id.trim_end();
+    let short = &id[..12];
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1.trim_end(), id);
+    // The output is there soon; nothing says when.
+    let mut text = String::new();
+    while text != "two\n" {
+        text = run(&machine, &["logs", "-n", "1", VM, short]).await.1;
+    }
+    let (_, all, _) = run(&machine, &["logs", VM, short]).await;
+    assert_eq!(all, "one\ntwo\n");
+    let (code, _, said) = run(&machine, &["kill", "--grace", "1", VM, short]).await;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1, "");
+    let (_, json, _) = run(&machine, &["ps", "--all", "--json", VM]).await;
+    let list: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(list[0]["id"], id);
+    assert!(list[0]["exitCode"].is_number(), "{json}");
+    let (code, _, said) = run(&machine, &["kill", VM, "ffff"]).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("sup ps --all"), "{said}");
+}
+
+#[tokio::test]
+async fn a_forwarded_port_leads_into_the_vm_and_ctrl_c_ends_it() {
+    let machine = Machine::start().await;
+    // The agent dials loopback, and here that is ours.
+    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let ports = format!("0:{}", server.local_addr().unwrap().port());
+    let mut child = sup(&machine, &["forward", VM, &ports]).spawn().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut address = String::new();
+    soon(out.read_line(&mut address)).await.unwrap();
+    let mut near = tokio::net::TcpStream::connect(address.trim_end())
+        .await
+        .unwrap();
+    let (mut far, _) = soon(server.accept()).await.unwrap();
+    near.write_all(b"ask").await.unwrap();
+    near.shutdown().await.unwrap();
+    let mut text = String::new();
+    soon(far.read_to_string(&mut text)).await.unwrap();
+    far.write_all(b"answer").await.unwrap();
+    drop(far);
+    soon(near.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "askanswer");
+    interrupt(&child);
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}
