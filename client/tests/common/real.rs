@@ -110,7 +110,11 @@ impl Agent {
         let directory = tempfile::tempdir().unwrap();
         let path = |name| directory.path().join(name);
         std::fs::create_dir(path("workspace")).unwrap();
-        let child = Command::new(program())
+        // In a PID namespace of its own: what its commands left running goes with it.
+        let child = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc", "--"])
+            .args(["sh", "-c", "\"$@\" & wait", "sh"])
+            .arg(program())
             .args(["agent", "--socket"])
             .arg(path("s"))
             .arg("--workspace")
