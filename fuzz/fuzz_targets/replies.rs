@@ -20,6 +20,12 @@ mod error {
         #[error(transparent)]
         Frame(#[from] protocol::FrameError),
     }
+
+    impl ClientError {
+        pub(crate) fn lost(reason: impl ToString) -> Self {
+            Self::Lost(reason.to_string())
+        }
+    }
 }
 
 use std::io;

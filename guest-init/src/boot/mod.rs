@@ -85,6 +85,9 @@ fn bring_up() -> Result<(), BootError> {
     log::info(format_args!("event=mounts_done"));
 
     write_setting("/proc/self/oom_score_adj", "-1000");
+    // By itself the kernel takes ten lines of a writer in five seconds; our log has its own bound.
+    // This file wants the line's end.
+    write_setting("/proc/sys/kernel/printk_devkmsg", "on\n");
     // A key combination is no power switch here; the request comes as a signal.
     if let Err(errno) = set_cad_enabled(false) {
         log::warn(format_args!(
@@ -149,7 +152,7 @@ fn user_tasks() -> Option<u64> {
 fn write_setting(path: &str, value: &str) {
     if let Err(error) = fs::write(path, value) {
         log::warn(format_args!(
-            "event=setting_refused path={path} value={value} error=\"{error}\""
+            "event=setting_refused path={path} value={value:?} error=\"{error}\""
         ));
     }
 }
