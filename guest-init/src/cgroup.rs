@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -195,6 +196,15 @@ impl CommandGroup {
     /// A file that `poll` finds interesting (POLLPRI) when the group becomes empty.
     pub(crate) fn events(&self) -> Option<fs::File> {
         fs::File::open(self.path.join("cgroup.events")).ok()
+    }
+
+    /// Whether there is a process in the group, by this file of [`events`](Self::events): `poll` finds
+    /// it interesting again only when there is something newer.
+    pub(crate) fn says_populated(events: &fs::File) -> bool {
+        let mut text = [0; 256];
+        let count = events.read_at(&mut text, 0).unwrap_or(0);
+        let text = String::from_utf8_lossy(text.get(..count).unwrap_or_default());
+        counter(&text, "populated") > 0
     }
 
     /// Whether there is a process in the group.

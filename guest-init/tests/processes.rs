@@ -129,6 +129,35 @@ fn standard_input_of_any_size_comes_back() {
 }
 
 #[test]
+fn input_that_is_read_slowly_takes_no_more_of_the_agents_memory_than_waits() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let mut request = shell("while [ $(head -c 200000 | wc -c) -gt 0 ]; do :; done");
+    request.stdin = StdinMode::Pipe;
+    client.send(&request);
+    let before = agent.status_kib("RssAnon");
+    let piece = vec![7; 500_000];
+    for _ in 0..100 {
+        client.send_raw(Kind::STDIN, &piece);
+    }
+    let after = agent.status_kib("RssAnon");
+    client.send_raw(Kind::STDIN_END, b"");
+    assert_eq!(client.output().ended.exit_code, 0);
+    assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
+}
+
+#[test]
+fn a_name_of_a_megabyte_is_cut_in_what_is_said_of_it() {
+    let agent = Agent::start();
+    let name = "x".repeat(1_000_000);
+    for _ in 0..20 {
+        let said = agent.run(&argv(&[&name])).ended.message;
+        assert!(said.contains("xxx"), "{said}");
+        assert!(said.len() < 1000, "{} bytes", said.len());
+    }
+}
+
+#[test]
 fn input_that_nobody_reads_does_not_hold_up_output() {
     let agent = Agent::start();
     let mut client = agent.connect();

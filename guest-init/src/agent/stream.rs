@@ -18,6 +18,8 @@ use crate::log;
 
 /// Bytes taken from the connection in one go.
 const READ: usize = 16 << 10;
+/// So much that was sent may lie before what waits.
+const MAX_SENT: usize = 64 << 10;
 /// How long a peer that was refused may go on sending.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -118,9 +120,18 @@ impl Stream {
         Ok(Input::Frames)
     }
 
+    /// Lets go of what was sent, so that a peer that reads slowly keeps no more than what waits.
+    fn forget_sent(&mut self) {
+        if self.sent > MAX_SENT {
+            self.output.drain(..self.sent);
+            self.sent = 0;
+        }
+    }
+
     /// Queues a message.
     pub(crate) fn queue<M: Message>(&mut self, message: &M) -> Result<(), StreamError> {
         let body = protocol::message::encode_body(message)?;
+        self.forget_sent();
         // A frame begins behind the end of the one before it.
         if let Some(data) = self.data.take() {
             self.output.extend_from_slice(data.bytes());
@@ -134,6 +145,7 @@ impl Stream {
         self.flush()?;
         let head = frame::header_for(kind, piece.bytes().len())?;
         if self.pending() > 0 {
+            self.forget_sent();
             if let Some(data) = self.data.take() {
                 self.output.extend_from_slice(data.bytes());
             }

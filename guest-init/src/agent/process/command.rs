@@ -19,6 +19,8 @@ const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 const TERM: &[u8] = b"xterm-256color";
 /// The least memory that a command can be limited to.
 const MIN_MEMORY: u64 = 1 << 20;
+/// Bytes of a client's own words in a message.
+const MAX_SHOWN: usize = 256;
 
 /// What is wrong with a request.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -101,9 +103,8 @@ impl Command {
         if let Some(bytes) = request.memory_bytes.filter(|bytes| *bytes < MIN_MEMORY) {
             return Err(InvalidCommand::TooLittleMemory(bytes));
         }
-        let user = user::find(&request.user).ok_or_else(|| {
-            InvalidCommand::NoSuchUser(String::from_utf8_lossy(&request.user).into_owned())
-        })?;
+        let user = user::find(&request.user)
+            .ok_or_else(|| InvalidCommand::NoSuchUser(shown(&request.user)))?;
         let variables = environment(&user, request.terminal.is_some(), settings, request.env)?;
         let (candidates, arguments, name) = match request.mode {
             CommandMode::Argv => argv(request.command, &variables)?,
@@ -116,11 +117,11 @@ impl Command {
             }
         };
         let directory = workspace.join(std::ffi::OsStr::from_bytes(&request.cwd));
-        let shown = if request.cwd.is_empty() {
-            workspace.display().to_string()
-        } else {
-            String::from_utf8_lossy(&request.cwd).into_owned()
+        let named = match &request.cwd[..] {
+            [] => workspace.as_os_str().as_bytes(),
+            cwd => cwd,
         };
+        let named = shown(named);
         let environment = variables
             .into_iter()
             .map(|(key, value)| text("an environment variable", [key, value].join(&b'=')))
@@ -134,7 +135,7 @@ impl Command {
                 identity: Some(user.identity).filter(|identity| identity.uid != 0),
             },
             name,
-            directory: shown,
+            directory: named,
             stdin_pipe,
             follows,
             deadline: request.deadline_ms.map(Duration::from_millis),
@@ -158,7 +159,7 @@ fn argv(command: Vec<Vec<u8>>, variables: &Variables) -> Result<Parts, InvalidCo
         .collect::<Result<Vec<_>, _>>()?;
     let program = arguments.first().ok_or(InvalidCommand::Empty)?.clone();
     let bytes = program.as_bytes();
-    let name = String::from_utf8_lossy(bytes).into_owned();
+    let name = shown(bytes);
     let candidates = if bytes.is_empty() {
         Vec::new()
     } else if bytes.contains(&b'/') {
@@ -222,15 +223,23 @@ fn environment(
     Ok(variables)
 }
 
+/// A client's own words in a message, which is kept with the process: not more than a line of them.
+fn shown(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes.get(..MAX_SHOWN).unwrap_or(bytes)).into_owned();
+    if bytes.len() > MAX_SHOWN {
+        text + "…"
+    } else {
+        text
+    }
+}
+
 /// Refuses what cannot be the name of an environment variable.
 pub(crate) fn check_key(key: &[u8]) -> Result<(), InvalidCommand> {
     if key.contains(&0) {
         return Err(InvalidCommand::Nul("an environment variable's name"));
     }
     if key.is_empty() || key.contains(&b'=') {
-        return Err(InvalidCommand::Key(
-            String::from_utf8_lossy(key).into_owned(),
-        ));
+        return Err(InvalidCommand::Key(shown(key)));
     }
     Ok(())
 }

@@ -101,7 +101,12 @@ impl Typing {
                     self.taken = self.taken.saturating_add(u64::try_from(count).unwrap_or(0));
                 }
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return true,
+                Err(Errno::EAGAIN) => {
+                    // A reader that is never done keeps no more than what it has not taken.
+                    self.waiting.drain(..self.written);
+                    self.written = 0;
+                    return true;
+                }
                 // It has closed its input, and is left in peace.
                 Err(_) => {
                     process.stdin.close();

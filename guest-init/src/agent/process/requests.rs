@@ -20,6 +20,7 @@ use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 use crate::agent::{Agent, lock, unsupported};
+use crate::cgroup::CommandGroup;
 
 /// How long a process may take to end by itself when the caller does not say.
 const GRACE: Duration = Duration::from_secs(5);
@@ -245,7 +246,12 @@ fn end(agent: &Agent, process: &Process, grace: Duration) -> Result<(), StreamEr
             Some(group) => {
                 let events = group.events();
                 // The main process is one of the group.
-                while group.is_populated() && deadline.is_some_and(|at| Instant::now() < at) {
+                let is_populated = || match &events {
+                    // Read where it is polled, or it stays interesting.
+                    Some(events) => CommandGroup::says_populated(events),
+                    None => group.is_populated(),
+                };
+                while is_populated() && deadline.is_some_and(|at| Instant::now() < at) {
                     let events = events.as_ref().map(AsFd::as_fd).map(Interest::news);
                     let mut interests = [events.unwrap_or(Interest::NONE)];
                     poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;

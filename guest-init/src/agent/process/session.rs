@@ -218,10 +218,11 @@ pub(crate) fn own(mut pump: Pump, process: &Process, mut client: Option<Client>)
         pump.step([stdout, stderr, exit, wake]);
     }
     pump.conclude();
+    // Before a client that may never read to the end: what goes on writing must not wait for it.
+    pump.bury();
     if let Some(client) = client {
         contain(|| client.hear_out());
     }
-    pump.bury();
 }
 
 /// Nothing is waited for while there is more to send.
