@@ -136,12 +136,7 @@ impl Iterator for Listing {
     type Item = Result<DirectoryEntry, ClientError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
-            return None;
-        }
-        let result = self.thread.run(self.inner.next());
-        self.failed = result.is_err();
-        result.transpose()
+        self.thread.item(&mut self.failed, self.inner.next())
     }
 }
 

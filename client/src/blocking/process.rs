@@ -97,12 +97,7 @@ impl Iterator for Execution {
     type Item = Result<Output, ClientError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
-            return None;
-        }
-        let result = self.thread.run(self.inner.next());
-        self.failed = result.is_err();
-        result.transpose()
+        self.thread.item(&mut self.failed, self.inner.next())
     }
 }
 
@@ -257,11 +252,6 @@ impl Iterator for Follow {
     type Item = Result<Record, ClientError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
-            return None;
-        }
-        let result = self.thread.run(self.inner.next());
-        self.failed = result.is_err();
-        result.transpose()
+        self.thread.item(&mut self.failed, self.inner.next())
     }
 }

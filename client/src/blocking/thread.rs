@@ -58,7 +58,21 @@ impl Thread {
         }
     }
 
-    /// The same for readers and writers.
+    /// The next item of an iterator, which ends with its first error.
+    pub(super) fn item<T>(
+        &self,
+        failed: &mut bool,
+        next: impl Future<Output = Result<Option<T>, ClientError>>,
+    ) -> Option<Result<T, ClientError>> {
+        if *failed {
+            return None;
+        }
+        let result = self.run(next);
+        *failed = result.is_err();
+        result.transpose()
+    }
+
+    /// [`Thread::run`] for readers and writers.
     pub(super) fn run_io<T>(&self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         Ok(self.run(async { Ok(work.await?) })?)
     }

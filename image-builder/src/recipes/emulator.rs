@@ -1,6 +1,6 @@
 //! The emulator that plays the server in tests: QEMU from the backports of Debian 13, with the
 //! libraries and firmware it needs, unpacked and not installed. Its emulation of AMD's virtualization
-//! is what our tests stand on, and the QEMU 10 that Debian 12 and 13 install loses VMs by it
+//! is what our tests stand on, and QEMU 10.0.2, the newest that Debian 12 installs, loses VMs by it
 //! (docs/performance.md). It is in no image that is shipped.
 
 use std::path::{Path, PathBuf};
