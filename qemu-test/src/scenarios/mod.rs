@@ -74,6 +74,7 @@ scenarios! {
     guest::the_system_inside_is_clean_and_can_do_what_containers_need, 420, DEFAULT;
     processes::a_process_outlives_its_client_and_obeys_the_next_one, 240, DEFAULT;
     processes::a_terminal_feels_local, 180, DEFAULT;
+    processes::two_hundred_commands_at_once_lose_no_line, 240, DEFAULT;
     files::files_go_both_ways_whole_or_not_at_all, 300, DEFAULT;
     housekeeping::a_vm_knows_the_time_its_names_and_how_it_does, 240, DEFAULT;
     agent::limits_end_a_command_with_their_reason, 240, DEFAULT;
