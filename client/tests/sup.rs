@@ -206,6 +206,50 @@ async fn faults_of_appliance_or_vm_exit_255_and_say_why() {
 }
 
 #[tokio::test]
+async fn every_command_that_runs_something_fails_with_255_and_every_other_with_1() {
+    let home = tempfile::tempdir().unwrap();
+    let commands: [(&[&str], i32); 15] = [
+        (&["exec", VM, "true"], 255),
+        (&["exec", "-d", VM, "true"], 255),
+        (&["shell", VM], 255),
+        (&["attach", VM, "ab"], 255),
+        (&["create"], 1),
+        (&["ls"], 1),
+        (&["inspect", VM], 1),
+        (&["ps", VM], 1),
+        (&["logs", VM, "ab"], 1),
+        (&["kill", VM, "ab"], 1),
+        (&["url", VM], 1),
+        (&["forward", VM, "80"], 1),
+        (&["stop", VM], 1),
+        (&["start", VM], 1),
+        (&["rm", VM], 1),
+    ];
+    for (arguments, expected) in commands {
+        let mut command = bare(home.path());
+        command
+            .env("SUP_ENDPOINT", "unix:/no/such/socket")
+            .env("SUP_TOKEN", TOKEN)
+            .args(arguments);
+        let (code, _, said) = told(command.output().await.unwrap());
+        assert_eq!(code, expected, "{arguments:?}: {said}");
+        assert!(said.contains("/no/such/socket"), "{arguments:?}: {said}");
+    }
+    for arguments in [
+        &["exec", VM][..],
+        &["exec", "--shell", VM, "two", "words"],
+        &["attach", VM, "no-hex"],
+        &["kill", VM, "no-hex"],
+        &["forward", VM, "0"],
+        &["nonsense"],
+    ] {
+        let appliance = scripted().await;
+        let (code, _, said) = run(&appliance, arguments).await;
+        assert_eq!(code, 2, "{arguments:?}: {said}");
+    }
+}
+
+#[tokio::test]
 async fn standard_input_is_forwarded_to_its_end() {
     let appliance = scripted().await;
     let mut child = sup(&appliance, &["exec", VM, "--", "cat"])

@@ -23,14 +23,13 @@ use args::{Arguments, Create, Task};
 use complaint::Complaint;
 use config::Target;
 
-/// What `sup exec` returns when the command could not be run to its end, through no fault of its
-/// own.
-const EXEC_FAILED: u8 = 255;
+/// What a command whose exit code is that of something in a VM returns when there is none.
+const NO_EXIT_CODE: u8 = 255;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => EXEC_FAILED,
+        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => NO_EXIT_CODE,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -48,7 +47,7 @@ fn main() -> ExitCode {
         .block_on(run(arguments))
         .unwrap_or_else(|complaint| {
             complaint.print();
-            failed
+            complaint.code(failed)
         });
     // A read of standard input may still be blocked; nobody waits for it.
     runtime.shutdown_background();
