@@ -71,6 +71,8 @@ pub(crate) enum Task {
     Attach(Attach),
     /// End processes and all that they started, or send them a signal
     Kill(Kill),
+    /// Copy files and directories to a VM, from a VM, or from one to another
+    Cp(crate::copy::Copy),
     /// Print the address of a VM's web server
     Url {
         /// The VM's id or name

@@ -4,6 +4,7 @@
 mod args;
 mod complaint;
 mod config;
+mod copy;
 mod exec;
 mod network;
 mod processes;
@@ -131,6 +132,9 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
                 processes::kill(client, kill).await
             })
             .await
+        }
+        Task::Cp(copy) => {
+            with_client(target()?, async |client| copy::run(client, copy).await).await
         }
         Task::Url { vm } => {
             let url =
