@@ -1,5 +1,6 @@
-//! `sup` as a program, against a machine.
+//! `sup` as a program.
 
+use std::path::Path;
 use std::process::{Output, Stdio};
 
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -8,18 +9,25 @@ use tokio::process::{Child, Command};
 use super::TOKEN;
 use super::real::{Machine, soon};
 
-pub(crate) fn sup(machine: &Machine, arguments: &[&str]) -> Command {
+/// `sup` with this home and nothing configured.
+pub(crate) fn bare(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
     command
         .env_clear()
-        .env("HOME", machine.appliance.dir.path())
-        .env("SUP_ENDPOINT", machine.endpoint().to_string())
-        .env("SUP_TOKEN", TOKEN)
-        .args(arguments)
+        .env("HOME", home)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    command
+}
+
+pub(crate) fn sup(machine: &Machine, arguments: &[&str]) -> Command {
+    let mut command = bare(machine.appliance.dir.path());
+    command
+        .env("SUP_ENDPOINT", machine.endpoint().to_string())
+        .env("SUP_TOKEN", TOKEN)
+        .args(arguments);
     command
 }
 

@@ -86,6 +86,18 @@ pub(crate) enum Task {
         #[arg(required = true)]
         vms: Vec<VmRef>,
     },
+    /// Open a VM's web server in the browser; prints the address where there is none
+    Open {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Keep how to reach an appliance: its endpoint, your token and its CA certificate
+    Login(crate::login::Login),
+    /// Print what makes a shell complete sup's commands and options
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
     /// Print the version
     Version,
     /// Print the CA certificate that the appliance shows, and its SHA-256 on standard error

@@ -6,6 +6,7 @@ mod complaint;
 mod config;
 mod copy;
 mod exec;
+mod login;
 mod network;
 mod processes;
 mod session;
@@ -15,7 +16,7 @@ mod terminal;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use client::protocol::hello::GENERATION;
 use client::protocol::vm::{CreateVm, VmRef};
 use client::{Client, new_vm};
@@ -78,7 +79,7 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             } else if quiet {
                 vms.iter().map(|vm| format!("{}\n", vm.id)).collect()
             } else {
-                show::table(&vms)
+                show::table(&vms, terminal::colours())
             })
         }
         Task::Inspect { vm } => {
@@ -148,6 +149,17 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             .await
         }
         Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
+        Task::Open { vm } => {
+            let url =
+                with_client(target()?, async |client| network::url(client, &vm).await).await?;
+            network::open(&url).await
+        }
+        Task::Login(login) => login::run(&arguments.target, login).await,
+        Task::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "sup", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
         Task::Version => print(&format!(
             "sup {} (protocol generation {})\n",
             env!("CARGO_PKG_VERSION"),

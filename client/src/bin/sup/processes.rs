@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::args::{Attach, Kill, Logs, ProcessPrefix, Ps};
 use crate::complaint::{Complaint, harmless};
 use crate::session::{Interrupts, Manner, Source, explain, follow_only, stay};
+use crate::terminal::{self, Colour};
 
 pub(crate) async fn ps(client: &Client, ps: Ps) -> Result<u8, Complaint> {
     let mut list = list(client, &ps.vm).await?;
@@ -20,7 +21,7 @@ pub(crate) async fn ps(client: &Client, ps: Ps) -> Result<u8, Complaint> {
     } else if ps.quiet {
         list.iter().map(|info| format!("{}\n", info.id)).collect()
     } else {
-        table(&list)
+        table(&list, terminal::colours())
     };
     crate::print(&text)
 }
@@ -113,13 +114,17 @@ fn state(info: &ProcessInfo) -> String {
     }
 }
 
-fn table(list: &[ProcessInfo]) -> String {
+fn table(list: &[ProcessInfo], colours: bool) -> String {
     let mut text = format!("{:32}  {:>7}  {:8}  COMMAND\n", "ID", "PID", "STATE");
     for info in list {
-        let line = command(info).replace(['\n', '\t'], " ");
-        let row = format!("{}  {:>7}  {:8}  {line}", info.id, info.pid, state(info));
-        text.push_str(&harmless(&row));
-        text.push('\n');
+        let line = harmless(&command(info).replace(['\n', '\t'], " "));
+        let colour = match &info.ended {
+            None => Colour::Green,
+            Some(ended) if ended.exit_code == 0 => Colour::None,
+            Some(_) => Colour::Red,
+        };
+        let state = colour.paint(&format!("{:8}", state(info)), colours);
+        text.push_str(&format!("{}  {:>7}  {state}  {line}\n", info.id, info.pid));
     }
     text
 }

@@ -331,6 +331,7 @@ fn holes_come_only_when_asked_for_and_where_they_fit() {
     for bad in [
         with_holes("1\n0\n5\n", "4", "data"),
         with_holes("1\n0\n3\n", "4", "data"),
+        with_holes("1\n0\n5\n", "4", "data!"),
         with_holes("2\n2\n2\n0\n2\n", "4", "data"),
         with_holes("1\n18446744073709551615\n4\n", "4", "data"),
         with_holes("99999999\n", "4", "data"),
