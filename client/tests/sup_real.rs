@@ -4,39 +4,12 @@
 
 mod common;
 
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 
+use common::program::{interrupt, read_until, run, sup};
 use common::real::{Machine, soon};
 use common::*;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::Command;
-
-fn sup(machine: &Machine, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
-    command
-        .env_clear()
-        .env("HOME", machine.appliance.dir.path())
-        .env("SUP_ENDPOINT", machine.endpoint().to_string())
-        .env("SUP_TOKEN", TOKEN)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    command
-}
-
-fn told(output: Output) -> (i32, String, String) {
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
-}
-
-async fn run(machine: &Machine, arguments: &[&str]) -> (i32, String, String) {
-    told(soon(sup(machine, arguments).output()).await.unwrap())
-}
 
 #[tokio::test]
 async fn a_commands_options_reach_it_and_its_exit_code_comes_back() {
@@ -92,11 +65,6 @@ async fn ctrl_c_reaches_the_command_which_may_answer_it() {
     soon(out.read_to_string(&mut line)).await.unwrap();
     assert_eq!(line, "caught\n");
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(3));
-}
-
-fn interrupt(child: &tokio::process::Child) {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
 }
 
 #[tokio::test]
@@ -159,17 +127,6 @@ async fn a_terminal_is_the_commands_for_its_time_and_then_as_it_was() {
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(143));
     let after = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
     assert_eq!(after.local_flags, before.local_flags);
-}
-
-async fn read_until(from: &mut (impl tokio::io::AsyncRead + Unpin), what: &str) -> String {
-    let mut seen = String::new();
-    let mut buffer = [0; 1024];
-    while !seen.contains(what) {
-        let count = soon(from.read(&mut buffer)).await.unwrap();
-        assert!(count > 0, "{seen}");
-        seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-    }
-    seen
 }
 
 #[tokio::test]
