@@ -40,6 +40,21 @@ struct Queue {
     later: VecDeque<(Instant, Arc<Process>)>,
     /// The writer sleeps until somebody wakes it.
     idle: bool,
+    /// Whom the writer has taken out last; it may still be at it.
+    at_work: Option<Arc<Process>>,
+}
+
+impl Queue {
+    /// Who is first, due or not.
+    fn pop(&mut self) -> Option<Arc<Process>> {
+        if let Some(process) = self.now.pop_front() {
+            lock(&process.output).queued.now = false;
+            return Some(process);
+        }
+        let (_, process) = self.later.pop_front()?;
+        lock(&process.output).queued.later = false;
+        Some(process)
+    }
 }
 
 impl Logs {
@@ -139,20 +154,17 @@ impl Logs {
 
     fn next(&self) -> Arc<Process> {
         let mut queue = lock(&self.queue);
+        queue.at_work = None;
         loop {
-            if let Some(process) = queue.now.pop_front() {
-                lock(&process.output).queued.now = false;
+            let now = Instant::now();
+            let due = queue.later.front().map(|(at, _)| *at);
+            let is_due = !queue.now.is_empty() || due.is_some_and(|at| at <= now);
+            if is_due && let Some(process) = queue.pop() {
+                queue.at_work = Some(Arc::clone(&process));
                 return process;
             }
-            let now = Instant::now();
-            match queue.later.front() {
-                Some((at, _)) if *at <= now => {
-                    if let Some((_, process)) = queue.later.pop_front() {
-                        lock(&process.output).queued.later = false;
-                        return process;
-                    }
-                }
-                Some((at, _)) => {
+            match due {
+                Some(at) => {
                     let left = at.saturating_duration_since(now);
                     let waited = self.wake.wait_timeout(queue, left);
                     queue = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -168,22 +180,23 @@ impl Logs {
         }
     }
 
-    /// Writes everything that waits; for the end of the run.
-    pub(crate) fn flush(&self) {
+    /// Writes everything that waits, until the deadline; for the end of the run.
+    pub(crate) fn flush(&self, deadline: Instant) {
         let Some(directory) = &self.directory else {
             return;
         };
-        loop {
+        while Instant::now() < deadline {
             let process = {
                 let mut queue = lock(&self.queue);
-                let later = |queue: &mut Queue| queue.later.pop_front().map(|(_, one)| one);
-                queue.now.pop_front().or_else(|| later(&mut queue))
+                // What the writer is at is written again, which waits for it and finds nothing.
+                queue.pop().or_else(|| queue.at_work.take())
             };
             match process {
                 Some(process) => self.write(directory, &process),
                 None => return,
             }
         }
+        log::warn(format_args!("event=process_logs_unfinished"));
     }
 
     /// Writes what one process has for its log.

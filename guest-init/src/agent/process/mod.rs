@@ -187,8 +187,7 @@ fn run(
         }
         Err(NotStarted::Failed(error)) => {
             let ended = ending::not_started(&command, error);
-            process.set_ended(ended.clone());
-            let forgotten = agent.registry.retire(&process);
+            let forgotten = agent.registry.retire(&process, ended.clone());
             let told = stream.finish(&ended);
             if let Some(gone) = forgotten {
                 gone.remove_log(&agent.registry.logs);

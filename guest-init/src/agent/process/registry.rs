@@ -4,10 +4,11 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use protocol::id::ProcessId;
-use protocol::process::StartProcess;
+use protocol::process::{ProcessEnded, StartProcess};
 use protocol::processes::{MAX_PAGE, ProcessPage};
 use protocol::{ErrorBody, ErrorCode};
 
@@ -29,10 +30,14 @@ const MAX_UNLOGGED: u64 = 2 << 20;
 pub(crate) struct Registry {
     pub(crate) logs: Logs,
     state: Mutex<State>,
+    /// Told when the last process that ran has ended.
+    settled: Condvar,
 }
 
 #[derive(Default)]
 struct State {
+    /// How many processes run or are being started.
+    running: usize,
     processes: HashMap<ProcessId, Arc<Process>>,
     /// Logs of an earlier run that nobody has asked about yet.
     unread: HashMap<ProcessId, Vec<Name>>,
@@ -57,6 +62,7 @@ impl Registry {
         Self {
             logs: Logs::new(directory, size),
             state: Mutex::new(state),
+            settled: Condvar::new(),
         }
     }
 
@@ -86,6 +92,7 @@ impl Registry {
         let has_log = self.logs.directory().is_some();
         let process = Arc::new(Process::new(id, number, about, has_log));
         state.last = number;
+        state.running = state.running.saturating_add(1);
         state.order.insert(number, id);
         state.processes.insert(id, Arc::clone(&process));
         Ok(Claim::New(process))
@@ -137,10 +144,18 @@ impl Registry {
         }
     }
 
-    /// The process has ended: from now on it may be forgotten. Gives the one that is forgotten for
-    /// it, whose log is to be [removed](Gone::remove_log) when nobody waits.
-    pub(crate) fn retire(&self, process: &Process) -> Option<Gone> {
+    /// The process has ended, like this: from now on it may be forgotten. Gives the one that is
+    /// forgotten for it, whose log is to be [removed](Gone::remove_log) when nobody waits.
+    ///
+    /// One step for everybody: who hears of the end finds it among the ended ones, and when nothing
+    /// runs any more, all that was said waits for the log.
+    pub(crate) fn retire(&self, process: &Arc<Process>, how: ProcessEnded) -> Option<Gone> {
         let mut state = lock(&self.state);
+        process.set_ended(how);
+        if lock(&process.output).head() > 0 {
+            self.logs.note(process);
+        }
+        self.count_end(&mut state);
         state.ended.push_back(process.id);
         if state.ended.len() <= MAX_ENDED {
             return None;
@@ -151,11 +166,32 @@ impl Registry {
 
     /// Forgets a process whose start was refused.
     pub(crate) fn forget(&self, process: &Process) {
-        let gone = self.take(&mut lock(&self.state), process.id);
+        let gone = {
+            let mut state = lock(&self.state);
+            self.count_end(&mut state);
+            self.take(&mut state, process.id)
+        };
         gone.remove_log(&self.logs);
         let mut output = lock(&process.output);
         output.phase = Phase::Refused;
         output.notify();
+    }
+
+    fn count_end(&self, state: &mut State) {
+        state.running = state.running.saturating_sub(1);
+        if state.running == 0 {
+            self.settled.notify_all();
+        }
+    }
+
+    /// Waits until no process runs, or until the deadline. Says how many still do.
+    pub(crate) fn settle(&self, deadline: Instant) -> usize {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let state = lock(&self.state);
+        let waited = self
+            .settled
+            .wait_timeout_while(state, left, |state| state.running > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.running
     }
 
     /// Forgets an ended process and its log.
