@@ -281,6 +281,18 @@ fn an_ended_process_can_be_forgotten_with_its_log() {
 }
 
 #[test]
+fn whoever_has_heard_of_the_end_can_forget_the_process_at_once() {
+    let agent = Agent::start();
+    for _ in 0..1000 {
+        let id = agent.start_log(&argv(&["true"]));
+        agent.wait(id);
+        agent
+            .ask::<_, ProcessRemoved>(&RemoveProcess { id })
+            .unwrap();
+    }
+}
+
+#[test]
 fn an_unknown_id_is_a_named_error_for_every_request() {
     let agent = Agent::start();
     let id = UNKNOWN;
