@@ -152,9 +152,7 @@ impl Registry {
     pub(crate) fn retire(&self, process: &Arc<Process>, how: ProcessEnded) -> Option<Gone> {
         let mut state = lock(&self.state);
         process.set_ended(how);
-        if lock(&process.output).head() > 0 {
-            self.logs.note(process);
-        }
+        self.logs.note(process);
         self.count_end(&mut state);
         state.ended.push_back(process.id);
         if state.ended.len() <= MAX_ENDED {
@@ -278,6 +276,7 @@ impl Gone {
     /// Outside of the registry's lock: it waits for the disk.
     pub(crate) fn remove_log(self, logs: &Logs) {
         if let Some(process) = self.process {
+            lock(&process.segments).close();
             while logs.drop_oldest(&process) {}
         }
         for (file, size) in self.files {

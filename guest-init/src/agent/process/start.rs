@@ -76,6 +76,8 @@ pub(crate) fn start(
     })?;
     // From here on only the process and its children hold these.
     drop(stdio.child);
+    // While it becomes its program, and before anybody is told that it has.
+    agent.registry.logs.announce(process);
     match verdict {
         Some(verdict) => verdict.wait()?,
         None => {
