@@ -70,8 +70,11 @@ impl Registry {
     pub(crate) fn claim(&self, request: &StartProcess) -> Result<Claim, ErrorBody> {
         let id = request.id;
         let fingerprint = fingerprint(request);
+        // One that an earlier run has left a log of is among the others from here on.
+        let _ = self.get(id);
         let mut state = lock(&self.state);
-        if let Some(process) = self.get(&mut state, id) {
+        if let Some(process) = state.processes.get(&id) {
+            let process = Arc::clone(process);
             return match process.about.fingerprint {
                 Some(other) if other != fingerprint => {
                     let message =
@@ -81,8 +84,7 @@ impl Registry {
                 _ => Ok(Claim::Known(process)),
             };
         }
-        let known = state.processes.len();
-        if known.saturating_sub(state.ended.len()) >= MAX_RUNNING {
+        if state.running >= MAX_RUNNING {
             let message = format!("{MAX_RUNNING} processes run; end one and try again");
             let error = ErrorBody::guest(ErrorCode::TooManyProcesses, message);
             return Err(error.retryable_after_ms(1000));
@@ -100,32 +102,37 @@ impl Registry {
 
     /// The process with this id.
     pub(crate) fn find(&self, id: ProcessId) -> Result<Arc<Process>, ErrorBody> {
-        self.get(&mut lock(&self.state), id).ok_or_else(|| {
-            let message = format!("no process with the id {id} is running or remembered");
-            ErrorBody::caller(ErrorCode::NoSuchProcess, message)
-        })
+        self.get(id).ok_or_else(|| no_such(id))
     }
 
-    fn get(&self, state: &mut State, id: ProcessId) -> Option<Arc<Process>> {
-        if let Some(process) = state.processes.get(&id) {
-            return Some(Arc::clone(process));
-        }
-        let names = state.unread.remove(&id)?;
+    fn get(&self, id: ProcessId) -> Option<Arc<Process>> {
+        let names = {
+            let state = lock(&self.state);
+            if let Some(process) = state.processes.get(&id) {
+                return Some(Arc::clone(process));
+            }
+            state.unread.get(&id)?.clone()
+        };
         let number = names.first().map_or(0, |name| name.number);
-        let found = segment::recover(self.logs.directory()?, names)
-            .map(|found| Arc::new(Process::recovered(id, found)));
-        let Some(process) = found else {
+        // A long log takes long to read. Nobody else waits for that.
+        let found = segment::recover(self.logs.directory()?, names);
+        let mut state = lock(&self.state);
+        // Somebody else may have read it meanwhile, or it may have been forgotten.
+        if state.unread.remove(&id).is_none() {
+            return state.processes.get(&id).map(Arc::clone);
+        }
+        let Some(found) = found else {
             state.order.remove(&number);
             state.ended.retain(|one| *one != id);
             return None;
         };
+        let process = Arc::new(Process::recovered(id, found));
         state.processes.insert(id, Arc::clone(&process));
         Some(process)
     }
 
     pub(crate) fn list(&self, after: u64) -> ProcessPage {
-        let mut state = lock(&self.state);
-        let ids: Vec<ProcessId> = state
+        let ids: Vec<ProcessId> = lock(&self.state)
             .order
             .range(after.saturating_add(1)..)
             .map(|(_, id)| *id)
@@ -135,9 +142,8 @@ impl Registry {
         let processes = ids
             .into_iter()
             .take(MAX_PAGE)
-            .filter_map(|id| self.get(&mut state, id))
+            .filter_map(|id| self.get(id))
             .collect::<Vec<_>>();
-        drop(state);
         ProcessPage {
             processes: processes.iter().map(|process| process.info()).collect(),
             more,
@@ -194,15 +200,17 @@ impl Registry {
 
     /// Forgets an ended process and its log.
     pub(crate) fn remove(&self, id: ProcessId) -> Result<(), ErrorBody> {
-        let process = self.find(id)?;
         let mut state = lock(&self.state);
+        if !state.processes.contains_key(&id) && !state.unread.contains_key(&id) {
+            return Err(no_such(id));
+        }
         if !state.ended.contains(&id) {
             let message = format!("process {id} still runs; end it first");
             return Err(ErrorBody::caller(ErrorCode::ProcessRunning, message));
         }
         state.ended.retain(|one| *one != id);
         let gone = self.take(&mut state, id);
-        drop((state, process));
+        drop(state);
         gone.remove_log(&self.logs);
         Ok(())
     }
@@ -285,6 +293,11 @@ impl Gone {
             logs.count_removed(size);
         }
     }
+}
+
+fn no_such(id: ProcessId) -> ErrorBody {
+    let message = format!("no process with the id {id} is running or remembered");
+    ErrorBody::caller(ErrorCode::NoSuchProcess, message)
 }
 
 /// Equal requests have equal ones, within one run.
