@@ -6,6 +6,7 @@ mod command;
 mod drain;
 mod ending;
 mod input;
+mod kill;
 mod life;
 mod logs;
 mod output;
@@ -115,7 +116,7 @@ pub(crate) fn serve(
             agent,
             (request, stream),
             |request: &KillProcess| request.id,
-            |process, request, stream| requests::kill(agent, process, request, stream),
+            |process, request, stream| kill::kill(agent, process, request, stream),
         ),
         Kind::REMOVE_PROCESS => with(request, stream, |request, stream| {
             requests::remove(agent, &request, stream)

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::pipe2;
+use protocol::id::ProcessId;
 use protocol::process::TerminalSize;
 use protocol::{ErrorBody, ErrorCode};
 
@@ -101,6 +102,11 @@ pub(crate) fn start(
     ))
 }
 
+/// What the group of a process is called.
+pub(crate) fn group_name(id: ProcessId) -> String {
+    format!("p-{id}")
+}
+
 fn group(
     agent: &Agent,
     command: &Command,
@@ -119,9 +125,7 @@ fn group(
         log::warn(format_args!("event=cgroup_failed error=\"{error}\""));
         Errno::EAGAIN
     };
-    let group = groups
-        .create(&format!("p-{}", process.id))
-        .map_err(failed)?;
+    let group = groups.create(&group_name(process.id)).map_err(failed)?;
     if let Some(bytes) = command.memory {
         group.limit_memory(bytes).map_err(failed)?;
     }
