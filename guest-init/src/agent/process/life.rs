@@ -124,10 +124,15 @@ impl Process {
             fingerprint: None,
         };
         let dropped = head.saturating_sub(segments.bytes());
+        // One that has ended without a number was never started; one that was lost may have run.
+        let pid = match info.pid {
+            0 if has_ended => OnceLock::new(),
+            pid => OnceLock::from(pid),
+        };
         Self {
             output: Mutex::new(Output::past(phase, head, dropped)),
             segments: Mutex::new(segments),
-            pid: OnceLock::from(info.pid),
+            pid,
             ..Self::new(id, info.number, about, true)
         }
     }

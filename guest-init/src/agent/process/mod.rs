@@ -6,6 +6,7 @@ mod command;
 mod drain;
 mod ending;
 mod input;
+mod kill;
 mod life;
 mod logs;
 mod output;
@@ -115,7 +116,7 @@ pub(crate) fn serve(
             agent,
             (request, stream),
             |request: &KillProcess| request.id,
-            |process, request, stream| requests::kill(agent, process, request, stream),
+            |process, request, stream| kill::kill(agent, process, request, stream),
         ),
         Kind::REMOVE_PROCESS => with(request, stream, |request, stream| {
             requests::remove(agent, &request, stream)
@@ -187,8 +188,7 @@ fn run(
         }
         Err(NotStarted::Failed(error)) => {
             let ended = ending::not_started(&command, error);
-            process.set_ended(ended.clone());
-            let forgotten = agent.registry.retire(&process);
+            let forgotten = agent.registry.retire(&process, ended.clone());
             let told = stream.finish(&ended);
             if let Some(gone) = forgotten {
                 gone.remove_log(&agent.registry.logs);

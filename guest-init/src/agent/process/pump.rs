@@ -364,12 +364,8 @@ impl Pump {
             },
         };
         self.concluded = true;
-        self.process.set_ended(ended);
+        self.forgotten = self.agent.registry.retire(&self.process, ended);
         self.process.stdin.close();
-        self.forgotten = self.agent.registry.retire(&self.process);
-        if lock(&self.process.output).head() > 0 {
-            self.agent.registry.logs.note(&self.process);
-        }
     }
 
     /// Lets go of everything. Whoever still writes must not notice that nobody listens any more.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use protocol::processes::{
-    AttachFrom, AttachProcess, KillProcess, ListProcesses, ProcessAttached, ProcessRemoved,
-    RemoveProcess, SendSignal, StdinWritten, WaitProcess,
+    AttachFrom, AttachProcess, ListProcesses, ProcessAttached, ProcessRemoved, RemoveProcess,
+    SendSignal, StdinWritten, WaitProcess,
 };
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
@@ -20,18 +20,6 @@ use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 use crate::agent::{Agent, lock, unsupported};
-use crate::cgroup::CommandGroup;
-
-/// How long a process may take to end by itself when the caller does not say.
-const GRACE: Duration = Duration::from_secs(5);
-/// The longest that a caller can give it.
-const MAX_GRACE: Duration = Duration::from_secs(600);
-/// How long a killed process may take to go; one that takes longer waits for hardware.
-const AFTER_KILL: Duration = Duration::from_secs(10);
-const SIGHUP: u8 = 1;
-const SIGKILL: u8 = 9;
-const SIGTERM: u8 = 15;
-const SIGCONT: u8 = 18;
 
 pub(super) fn list(
     agent: &Arc<Agent>,
@@ -201,76 +189,6 @@ pub(super) fn send_signal(
     stream.refuse(&ErrorBody::caller(ErrorCode::ProcessNotRunning, message))
 }
 
-pub(super) fn kill(
-    agent: &Agent,
-    process: &Process,
-    request: &KillProcess,
-    stream: Stream,
-) -> Result<(), StreamError> {
-    let grace = request.grace_ms.map_or(GRACE, |given| {
-        Duration::from_millis(u64::from(given)).min(MAX_GRACE)
-    });
-    end(agent, process, grace)?;
-    if process.ended().is_none() {
-        let message = format!(
-            "process {} has not ended {} s after SIGKILL; it waits for a device",
-            process.id,
-            AFTER_KILL.as_secs()
-        );
-        let error = ErrorBody::guest(ErrorCode::ProcessRunning, message);
-        return stream.refuse(&error.retryable_after_ms(5000));
-    }
-    stream.finish(&process.info())
-}
-
-/// Asks the process to end, waits, and ends it and what it started. Whether the client is still
-/// there does not matter.
-fn end(agent: &Agent, process: &Process, grace: Duration) -> Result<(), StreamError> {
-    let watcher = watch(process)?;
-    let Some(body) = process.body() else {
-        // It may be just starting or just ending.
-        return until_ended(process, &watcher, after(AFTER_KILL));
-    };
-    if body.child.status().is_none() {
-        process.mark_killed();
-    }
-    let deadline = after(grace);
-    if !grace.is_zero() {
-        process.signal(&agent.reaper, SIGTERM);
-        if process.about.terminal {
-            process.signal(&agent.reaper, SIGHUP);
-        }
-        // One that was stopped could not hear either.
-        process.signal(&agent.reaper, SIGCONT);
-        match &body.group {
-            Some(group) => {
-                let events = group.events();
-                // The main process is one of the group.
-                let is_populated = || match &events {
-                    // Read where it is polled, or it stays interesting.
-                    Some(events) => CommandGroup::says_populated(events),
-                    None => group.is_populated(),
-                };
-                while is_populated() && deadline.is_some_and(|at| Instant::now() < at) {
-                    let events = events.as_ref().map(AsFd::as_fd).map(Interest::news);
-                    let mut interests = [events.unwrap_or(Interest::NONE)];
-                    poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
-                }
-            }
-            None => until_ended(process, &watcher, deadline)?,
-        }
-    }
-    let populated = body
-        .group
-        .as_ref()
-        .is_some_and(|group| group.is_populated());
-    if populated || body.child.status().is_none() {
-        process.signal(&agent.reaper, SIGKILL);
-    }
-    drop(body);
-    until_ended(process, &watcher, after(AFTER_KILL))
-}
-
 pub(super) fn remove(
     agent: &Arc<Agent>,
     request: &RemoveProcess,
@@ -282,32 +200,19 @@ pub(super) fn remove(
     }
 }
 
-fn watch(process: &Process) -> Result<Arc<Watcher>, StreamError> {
+pub(super) fn watch(process: &Process) -> Result<Arc<Watcher>, StreamError> {
     let watcher = Watcher::new().map_err(StreamError::Gone)?;
     lock(&process.output).watch(&watcher);
     Ok(watcher)
 }
 
 /// If it has not ended, `watcher` will tell.
-fn has_ended(process: &Process, watcher: &Watcher) -> bool {
+pub(super) fn has_ended(process: &Process, watcher: &Watcher) -> bool {
     let output = lock(&process.output);
     watcher.arm();
     output.has_ended()
 }
 
-fn until_ended(
-    process: &Process,
-    watcher: &Watcher,
-    deadline: Option<Instant>,
-) -> Result<(), StreamError> {
-    while !has_ended(process, watcher) && deadline.is_none_or(|at| Instant::now() < at) {
-        let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];
-        poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
-        watcher.rest();
-    }
-    Ok(())
-}
-
-fn after(duration: Duration) -> Option<Instant> {
+pub(super) fn after(duration: Duration) -> Option<Instant> {
     Instant::now().checked_add(duration)
 }

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::pipe2;
+use protocol::id::ProcessId;
 use protocol::process::TerminalSize;
 use protocol::{ErrorBody, ErrorCode};
 
@@ -76,6 +77,8 @@ pub(crate) fn start(
     })?;
     // From here on only the process and its children hold these.
     drop(stdio.child);
+    // While it becomes its program, and before anybody is told that it has.
+    agent.registry.logs.announce(process);
     match verdict {
         Some(verdict) => verdict.wait()?,
         None => {
@@ -99,6 +102,11 @@ pub(crate) fn start(
     ))
 }
 
+/// What the group of a process is called.
+pub(crate) fn group_name(id: ProcessId) -> String {
+    format!("p-{id}")
+}
+
 fn group(
     agent: &Agent,
     command: &Command,
@@ -117,9 +125,7 @@ fn group(
         log::warn(format_args!("event=cgroup_failed error=\"{error}\""));
         Errno::EAGAIN
     };
-    let group = groups
-        .create(&format!("p-{}", process.id))
-        .map_err(failed)?;
+    let group = groups.create(&group_name(process.id)).map_err(failed)?;
     if let Some(bytes) = command.memory {
         group.limit_memory(bytes).map_err(failed)?;
     }

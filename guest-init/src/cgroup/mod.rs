@@ -2,7 +2,9 @@
 //! and its running out of memory can be told from a plain SIGKILL. A group is removed when its last
 //! process is gone; the kernel says when, nothing here asks again and again.
 
-use std::collections::HashMap;
+mod members;
+
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -120,6 +122,17 @@ impl Cgroups {
         Ok(group)
     }
 
+    /// The group of a command that has ended, while something that it started is left in it.
+    pub(crate) fn find(&self, name: &str) -> Option<CommandGroup> {
+        let path = self.directory.join(name);
+        let directory = fs::File::open(&path).ok()?;
+        Some(CommandGroup {
+            path,
+            directory: directory.into(),
+            keeper: Arc::clone(&self.keeper),
+        })
+    }
+
     /// Ends every process of every command.
     pub(crate) fn kill_all(&self) {
         kill(&self.directory);
@@ -169,6 +182,11 @@ impl CommandGroup {
     /// Ends every process in the group.
     pub(crate) fn kill(&self) {
         kill(&self.path);
+    }
+
+    /// Sends signals to every process in the group; gives the numbers of those that got them.
+    pub(crate) fn signal(&self, signals: &[i32]) -> HashSet<libc::pid_t> {
+        members::signal(&self.path, signals)
     }
 
     /// Bounds the memory of everything in the group together. When it is used up, all of the group is
