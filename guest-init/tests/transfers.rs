@@ -635,6 +635,61 @@ fn a_full_disk_is_said_at_once_and_the_old_file_stays() {
 }
 
 #[test]
+fn an_append_that_fails_takes_nothing_from_others_and_says_how_much_got_in() {
+    let agent = agent_with_small_disk();
+    let mut request = write_request("small/log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let others = agent.shell("head -c 300000 /dev/zero | tr '\\0' o >> small/log; echo done");
+    assert_eq!(others.text(), "done\n");
+    let mut bytes = Vec::new();
+    protocol::frame::append(&mut bytes, Kind::FILE_DATA, &[b'1'; 65_536]).unwrap();
+    for _ in 0..64 {
+        if client.socket.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let error = client.error();
+    assert_eq!(error.code, ErrorCode::NoSpace);
+    let appended: usize = error
+        .detail
+        .lines()
+        .last()
+        .and_then(|line| line.strip_prefix("appended ")?.parse().ok())
+        .expect("how much got in");
+    assert!(appended > 500_000, "{appended}");
+    let count = |byte: char| {
+        let line = format!("tr -cd {byte} < small/log | wc -c");
+        agent.shell(&line).text().trim().parse::<usize>().unwrap()
+    };
+    assert_eq!((count('o'), count('1')), (300_000, appended));
+}
+
+#[test]
+fn a_hole_has_no_place_in_an_append_and_takes_nothing_from_others() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let file = agent.workspace().join("log");
+    fs::write(&file, b"of others").unwrap();
+    client.send(&FileHole { length: 4 });
+    assert_eq!(client.error().code, ErrorCode::InvalidArgument);
+    assert_eq!(fs::read(&file).unwrap(), b"of others");
+}
+
+#[test]
+fn an_append_says_how_long_the_file_is_whoever_else_appended() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    fs::write(agent.workspace().join("log"), b"of others").unwrap();
+    data(&mut client, b"ours");
+    assert_eq!(end(client).unwrap().size, 13);
+}
+
+#[test]
 fn a_read_only_disk_is_told_from_a_missing_right() {
     let agent = agent_with_small_disk();
     let error = refusal(&agent, &write_request("sealed/file"));
