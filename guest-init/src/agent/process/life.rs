@@ -137,16 +137,22 @@ impl Process {
         }
     }
 
-    /// It runs.
-    pub(crate) fn set_running(&self, body: Body) -> Arc<Body> {
+    /// There is a child, which is to become the program.
+    pub(crate) fn embody(&self, body: Body) -> Arc<Body> {
         let body = Arc::new(body);
-        // Set once: a process is started once.
-        let _ = self.pid.set(body.child.pid.unsigned_abs());
         *lock(&self.body) = Some(Arc::clone(&body));
+        body
+    }
+
+    /// The child has become the program.
+    pub(crate) fn set_running(&self) {
+        if let Some(body) = self.body() {
+            // Set once: a process is started once.
+            let _ = self.pid.set(body.child.pid.unsigned_abs());
+        }
         let mut output = lock(&self.output);
         output.phase = Phase::Running;
         output.notify();
-        body
     }
 
     /// It has ended, or never ran.
@@ -157,6 +163,16 @@ impl Process {
             unix_ms: unix_ms(),
         };
         output.notify();
+    }
+
+    /// Nobody knows yet whether it will run.
+    pub(crate) fn is_starting(&self) -> bool {
+        matches!(lock(&self.output).phase, Phase::Starting)
+    }
+
+    /// It was not to be started after all, and whoever found it before that has found nothing.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(lock(&self.output).phase, Phase::Refused)
     }
 
     /// The child and its group, while the process runs.
