@@ -98,6 +98,9 @@ impl<'a> Killing<'a> {
     fn run(self, grace: Duration) -> Result<bool, StreamError> {
         if self.main_runs() {
             self.process.mark_killed();
+            if let Some(body) = &self.body {
+                body.expect_end();
+            }
         }
         if !grace.is_zero() {
             self.ask();

@@ -62,6 +62,15 @@ pub(crate) struct Body {
     pub(crate) wake: EventFd,
 }
 
+impl Body {
+    /// Somebody is about to end it.
+    pub(crate) fn expect_end(&self) {
+        if let Some(group) = &self.group {
+            group.expect_end();
+        }
+    }
+}
+
 /// See the module.
 pub(crate) struct Process {
     pub(crate) id: ProcessId,
@@ -232,6 +241,10 @@ impl Process {
         let Some(body) = self.body() else {
             return false;
         };
+        let ends = [libc::SIGTERM, libc::SIGKILL].contains(&i32::from(signal));
+        if ends && body.child.status().is_none() {
+            body.expect_end();
+        }
         let sent = reaper.signal_group(&body.child, signal);
         // SIGKILL is no request that a child could have been shielded from by a group of its own,
         // or by the main process's having ended before it.
