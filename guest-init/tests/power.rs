@@ -8,6 +8,7 @@ mod common;
 use common::{Agent, eventually, shell};
 use protocol::agent::{PowerOff, PoweringOff};
 use protocol::message;
+use protocol::process::TerminalSize;
 use protocol::processes::AttachFrom;
 
 /// Asks for the end and waits for it, but not as long as `grace_ms` when that is longer than a test's
@@ -48,4 +49,24 @@ fn what_is_said_and_decided_at_a_stop_is_still_known_after_it() {
         let said = String::from_utf8(said).unwrap();
         assert!(said.contains("bye\n"), "{said}");
     }
+}
+
+#[test]
+fn neither_an_idle_terminal_nor_a_stopped_process_uses_up_the_grace_of_a_stop() {
+    let mut agent = Agent::start();
+    // As interactive shells do: deaf to SIGTERM, waiting for a line.
+    let mut idle = shell("trap '' TERM; echo up; read line");
+    idle.terminal = Some(TerminalSize {
+        columns: 80,
+        rows: 24,
+    });
+    let idle = agent.start_log(&idle);
+    eventually("it is up", || agent.look(idle).unwrap().bytes > 0);
+    let stopped = agent.start_log(&shell("kill -STOP $$"));
+    let pid = agent.look(stopped).unwrap().pid;
+    eventually("it is stopped", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.contains(") T ")
+    });
+    power_off(&mut agent, 600_000);
 }

@@ -44,6 +44,9 @@ pub(crate) fn power_off(agent: &Arc<Agent>, grace: Duration) {
         grace.as_millis()
     ));
     signal(agent, Signal::SIGTERM);
+    // Interactive shells hear only that their terminal is gone, and who was stopped hears nothing.
+    agent.registry.hang_up_terminals(&agent.reaper);
+    signal(agent, Signal::SIGCONT);
     if !agent.reaper.wait_for_none(after(grace.min(MAX_GRACE))) {
         signal(agent, Signal::SIGKILL);
         if let Some(groups) = &agent.cgroups {

@@ -10,7 +10,7 @@ use protocol::processes::KillProcess;
 use protocol::{ErrorBody, ErrorCode};
 
 use super::life::{Body, Process};
-use super::requests::{after, has_ended, watch};
+use super::requests::{after, has_ended, tell_state, watch};
 use super::start::group_name;
 use super::watcher::Watcher;
 use crate::agent::Agent;
@@ -24,6 +24,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const MAX_GRACE: Duration = Duration::from_secs(600);
 /// How long a killed process may take to go; one that takes longer waits for hardware.
 const AFTER_KILL: Duration = Duration::from_secs(10);
+/// How long a process takes to be made, at most.
+const STARTING: Duration = Duration::from_secs(1);
 const SIGKILL: u8 = 9;
 
 pub(super) fn kill(
@@ -37,7 +39,7 @@ pub(super) fn kill(
     });
     // Whether the client is still there does not matter.
     if Killing::of(agent, process)?.run(grace)? {
-        return stream.finish(&process.info());
+        return tell_state(process, stream);
     }
     let message = format!(
         "process {}, or something that it started, has not ended {} s after SIGKILL; it waits for a \
@@ -62,6 +64,18 @@ struct Killing<'a> {
 
 impl<'a> Killing<'a> {
     fn of(agent: &'a Agent, process: &'a Process) -> Result<Self, StreamError> {
+        let watcher = watch(process)?;
+        // Before that there is nobody to be ended. One that hangs afterwards can be.
+        let deadline = after(STARTING);
+        loop {
+            watcher.arm();
+            if !process.is_starting() || deadline.is_none_or(|at| Instant::now() >= at) {
+                break;
+            }
+            let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];
+            poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
+            watcher.rest();
+        }
         let body = process.body();
         let group = match &body {
             Some(body) => body.group.clone(),
@@ -74,7 +88,7 @@ impl<'a> Killing<'a> {
         Ok(Self {
             agent,
             process,
-            watcher: watch(process)?,
+            watcher,
             body,
             group,
         })
@@ -84,6 +98,9 @@ impl<'a> Killing<'a> {
     fn run(self, grace: Duration) -> Result<bool, StreamError> {
         if self.main_runs() {
             self.process.mark_killed();
+            if let Some(body) = &self.body {
+                body.expect_end();
+            }
         }
         if !grace.is_zero() {
             self.ask();

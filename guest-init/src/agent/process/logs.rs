@@ -312,8 +312,10 @@ impl Logs {
     ) -> bool {
         let before = segments.size();
         let written = write(segments);
-        let grown = segments.size().saturating_sub(before);
-        self.total.fetch_add(grown, Ordering::Relaxed);
+        let after = segments.size();
+        self.total
+            .fetch_add(after.saturating_sub(before), Ordering::Relaxed);
+        self.count_removed(before.saturating_sub(after));
         if let Err(error) = &written {
             log::warn(format_args!(
                 "event=process_log_failed id={} error=\"{error}\"",

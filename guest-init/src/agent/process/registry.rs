@@ -18,6 +18,7 @@ use super::output::Phase;
 use super::segment::{self, Name};
 use crate::agent::lock;
 use crate::log;
+use crate::reaper::Reaper;
 
 /// Processes that run at once.
 const MAX_RUNNING: usize = 512;
@@ -25,6 +26,8 @@ const MAX_RUNNING: usize = 512;
 const MAX_ENDED: usize = 1024;
 /// What ended processes may keep in memory because no disk took it.
 const MAX_UNLOGGED: u64 = 2 << 20;
+
+const SIGHUP: u8 = 1;
 
 /// See the module.
 pub(crate) struct Registry {
@@ -185,6 +188,20 @@ impl Registry {
         state.running = state.running.saturating_sub(1);
         if state.running == 0 {
             self.settled.notify_all();
+        }
+    }
+
+    /// Tells all processes that have a terminal that it is gone.
+    pub(crate) fn hang_up_terminals(&self, reaper: &Reaper) {
+        let with_terminal: Vec<_> = lock(&self.state)
+            .processes
+            .values()
+            .filter(|process| process.about.terminal)
+            .map(Arc::clone)
+            .collect();
+        for process in with_terminal {
+            // One that has ended has no group to be told.
+            process.signal(reaper, SIGHUP);
         }
     }
 

@@ -33,9 +33,13 @@ pub(super) fn attach(
     agent: &Arc<Agent>,
     process: &Arc<Process>,
     request: &AttachProcess,
-    mut stream: Stream,
+    stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
+    // Input that comes along has nowhere to go before that.
+    let Some(mut stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     // What is there now; a reader that does not follow goes no further.
     let head = lock(&process.output).head();
     let refusal = |message: String| ErrorBody::caller(ErrorCode::InvalidArgument, message);
@@ -78,11 +82,73 @@ pub(super) fn wait(
         .timeout_ms
         .and_then(|given| after(Duration::from_millis(u64::from(given))));
     let watcher = watch(process)?;
-    let mut listens = true;
+    let mut listening = Listening::default();
     while !has_ended(process, &watcher) && deadline.is_none_or(|at| Instant::now() < at) {
+        listening.wait(&stream, &watcher, deadline)?;
+    }
+    tell_state(process, stream)
+}
+
+/// Waits until it is known whether there is a process; gives no stream when there is none, of which
+/// the client is told.
+pub(super) fn once_begun(process: &Process, stream: Stream) -> Result<Option<Stream>, StreamError> {
+    let watcher = watch(process)?;
+    let mut listening = Listening::default();
+    loop {
+        watcher.arm();
+        if !process.is_starting() {
+            break;
+        }
+        listening.wait(&stream, &watcher, None)?;
+    }
+    if process.is_refused() {
+        stream.refuse(&was_refused(process))?;
+        return Ok(None);
+    }
+    Ok(Some(stream))
+}
+
+/// The answer to whoever has found a process that was not to be started after all.
+pub(super) fn was_refused(process: &Process) -> ErrorBody {
+    let message = format!("the start of process {} was refused", process.id);
+    ErrorBody::caller(ErrorCode::NoSuchProcess, message)
+}
+
+/// Answers with the process as it is now.
+pub(super) fn tell_state(process: &Process, stream: Stream) -> Result<(), StreamError> {
+    if process.is_refused() {
+        return stream.refuse(&was_refused(process));
+    }
+    stream.finish(&process.info())
+}
+
+/// Waits for news of a process while a client waits for an answer.
+struct Listening {
+    /// The client's half has not ended.
+    is_open: bool,
+}
+
+impl Default for Listening {
+    fn default() -> Self {
+        Self { is_open: true }
+    }
+}
+
+impl Listening {
+    /// Fails when the client has gone.
+    fn wait(
+        &mut self,
+        stream: &Stream,
+        watcher: &Watcher,
+        deadline: Option<Instant>,
+    ) -> Result<(), StreamError> {
         let client = stream.interest(false);
         let mut interests = [
-            if listens { client.and_end() } else { client },
+            if self.is_open {
+                client.and_end()
+            } else {
+                client
+            },
             Interest::new(watcher.event().as_fd(), true, false),
         ];
         poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
@@ -95,20 +161,23 @@ pub(super) fn wait(
         }
         if client.ended() {
             // It may have closed its half only.
-            listens = false;
+            self.is_open = false;
             if !stream.is_heard() {
                 return Err(StreamError::Gone(Errno::EPIPE));
             }
         }
+        Ok(())
     }
-    stream.finish(&process.info())
 }
 
 pub(super) fn write_stdin(
     process: &Process,
-    mut stream: Stream,
+    stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
+    let Some(mut stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     let watcher = watch(process)?;
     let mut typing = Typing::default();
     let mut frames = early;
@@ -182,6 +251,9 @@ pub(super) fn send_signal(
     if let Err(error) = check_signal(request.signal) {
         return stream.refuse(&error);
     }
+    let Some(stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     if process.signal(&agent.reaper, request.signal) {
         return stream.finish(&process.info());
     }

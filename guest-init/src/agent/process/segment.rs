@@ -92,7 +92,8 @@ impl Segments {
             .list
             .back()
             .is_some_and(|last| last.end == start && last.end.saturating_sub(last.start) < SEGMENT);
-        if self.file.is_none() || !fits {
+        let is_new = self.file.is_none() || !fits;
+        if is_new {
             self.begin(directory, about, start)?;
         }
         let heads: Vec<[u8; 5]> = pieces
@@ -110,7 +111,11 @@ impl Segments {
             parts.push(IoSlice::new(head));
             parts.push(IoSlice::new(piece.bytes()));
         }
-        self.put(&mut parts)?;
+        let written = self.put(&mut parts);
+        if written.is_err() && is_new && self.list.len() > 1 {
+            self.discard_last();
+        }
+        written?;
         if let Some(last) = self.list.back_mut() {
             let bytes = pieces.iter().map(Piece::len).sum();
             last.end = last.end.saturating_add(bytes);
@@ -182,11 +187,24 @@ impl Segments {
         });
         let body = encode_body(about).map_err(io::Error::other)?;
         let head = head(ABOUT, body.len());
-        self.put(&mut [
+        let written = self.put(&mut [
             IoSlice::new(MAGIC),
             IoSlice::new(&head),
             IoSlice::new(&body),
-        ])
+        ]);
+        if written.is_err() {
+            self.discard_last();
+        }
+        written
+    }
+
+    /// Takes back a segment that nothing could be written to: each attempt would leave another one.
+    fn discard_last(&mut self) {
+        self.file = None;
+        if let Some(last) = self.list.pop_back() {
+            // One that the user has removed is gone all the same.
+            let _ = std::fs::remove_file(&last.path);
+        }
     }
 
     /// Appends all of it or nothing.
