@@ -196,6 +196,33 @@ fn a_file_that_becomes_shorter_while_it_is_read_ends_early_and_says_so() {
 }
 
 #[test]
+fn a_sparse_read_invents_no_zeros_where_the_file_became_shorter() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, noise(8 << 20)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(100 << 20).unwrap();
+    let mut request = read_request("file");
+    request.sparse = true;
+    let mut client = agent.connect();
+    client.send(&request);
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    // The agent is in the middle of the content, which the connection does not hold.
+    file.set_len(1000).unwrap();
+    let mut seen = 0;
+    let ended = loop {
+        let frame = client.frame().unwrap();
+        match frame.kind {
+            Kind::FILE_DATA => seen += frame.body.len() as u64,
+            Kind::FILE_HOLE => panic!("{:?}", message::decode::<FileHole>(&frame)),
+            _ => break message::decode::<protocol::file::transfer::ReadEnded>(&frame).unwrap(),
+        }
+    };
+    assert!(seen < 8 << 20);
+    assert_eq!(ended.bytes, seen);
+}
+
+#[test]
 fn a_read_that_nobody_takes_costs_one_buffer_and_holds_up_nobody() {
     let agent = Agent::start();
     File::create(agent.workspace().join("big"))
