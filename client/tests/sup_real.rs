@@ -181,3 +181,172 @@ async fn a_forwarded_port_leads_into_the_vm_and_ctrl_c_ends_it() {
     interrupt(&child);
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
 }
+
+#[tokio::test]
+async fn an_attached_process_takes_our_input_and_its_exit_code_is_ours() {
+    let machine = Machine::start().await;
+    let script = "echo up; while read word; do echo got $word; done; exit 5";
+    let mut first = sup(&machine, &["exec", "--shell", VM, script])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let held = first.stdin.take();
+    let mut out = first.stdout.take().unwrap();
+    read_until(&mut out, "up\n").await;
+    let (_, id, _) = run(&machine, &["ps", "-q", VM]).await;
+    let mut second = sup(&machine, &["attach", VM, &id.trim_end()[..10]])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = second.stdin.take().unwrap();
+    let mut seen = second.stdout.take().unwrap();
+    input.write_all(b"word\n").await.unwrap();
+    // Both see it; only what came before is the first one's alone.
+    read_until(&mut out, "got word\n").await;
+    assert_eq!(read_until(&mut seen, "got word\n").await, "got word\n");
+    drop(input);
+    assert_eq!(soon(second.wait()).await.unwrap().code(), Some(5));
+    assert_eq!(soon(first.wait()).await.unwrap().code(), Some(5));
+    drop(held);
+    let (code, _, said) = run(&machine, &["attach", VM, "ffff"]).await;
+    assert_eq!(code, 255);
+    assert!(said.contains("sup ps --all"), "{said}");
+}
+
+#[tokio::test]
+async fn a_terminal_that_was_lost_is_joined_again_and_left_with_ctrl_bracket() {
+    let machine = Machine::start().await;
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut master = tokio::fs::File::from_std(pty.master.into());
+    let script = "echo up; while read word; do echo got $word; done";
+    let mut child = sup(&machine, &["exec", "-t", "--shell", VM, script])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    read_until(&mut master, "up").await;
+    child.kill().await.unwrap();
+    let (_, id, _) = run(&machine, &["ps", "-q", VM]).await;
+    let mut child = sup(&machine, &["attach", VM, id.trim_end()])
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .spawn()
+        .unwrap();
+    master.write_all(b"again\r").await.unwrap();
+    master.flush().await.unwrap();
+    read_until(&mut master, "got again").await;
+    master.write_all(b"\x1d").await.unwrap();
+    master.flush().await.unwrap();
+    read_until(&mut master, "the process goes on").await;
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1, id);
+}
+
+#[tokio::test]
+async fn a_shell_is_at_a_terminal_and_its_exit_code_comes_back() {
+    let machine = Machine::start().await;
+    std::fs::create_dir(machine.workspace().join("sub")).unwrap();
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut master = tokio::fs::File::from_std(pty.master.into());
+    let mut child = sup(&machine, &["shell", "--cwd", "sub", "--env", "K=value", VM])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    // The echo of the line has none of these.
+    let line = "echo $K-$((6*7)); pwd; test -t 0 && echo at-a-\"\"terminal; exit 3\r";
+    master.write_all(line.as_bytes()).await.unwrap();
+    master.flush().await.unwrap();
+    let seen = read_until(&mut master, "at-a-terminal").await;
+    assert!(seen.contains("value-42"), "{seen}");
+    assert!(seen.contains("/sub\r\n"), "{seen}");
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(3));
+}
+
+#[tokio::test]
+async fn logs_that_are_followed_come_as_they_are_written_and_end_with_the_process() {
+    let machine = Machine::start().await;
+    let script = "echo one; while [ ! -e go ]; do sleep 0.05; done; echo two >&2; exit 7";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let mut child = sup(&machine, &["logs", "-f", VM, id.trim_end()])
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    read_until(&mut out, "one\n").await;
+    assert!(child.try_wait().unwrap().is_none());
+    std::fs::write(machine.workspace().join("go"), "").unwrap();
+    let output = soon(child.wait_with_output()).await.unwrap();
+    // Its end is not an error of ours.
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(output.stderr, b"two\n");
+    let (_, _, last) = run(&machine, &["logs", "-n", "1", VM, id.trim_end()]).await;
+    assert_eq!(last, "two\n");
+}
+
+#[tokio::test]
+async fn a_signal_is_sent_and_nothing_more() {
+    let machine = Machine::start().await;
+    let script =
+        "trap 'echo caught' USR1; trap 'exit 9' USR2; echo up; while :; do sleep 0.05; done";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let id = id.trim_end();
+    let mut child = sup(&machine, &["logs", "-f", VM, id]).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    read_until(&mut out, "up\n").await;
+    for signal in ["USR1", "sigusr1", "10"] {
+        let (code, _, said) = run(&machine, &["kill", "--signal", signal, VM, id]).await;
+        assert_eq!((code, said.as_str()), (0, ""));
+        read_until(&mut out, "caught\n").await;
+    }
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1.trim_end(), id);
+    run(&machine, &["kill", "-s", "USR2", VM, id]).await;
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+    let (_, json, _) = run(&machine, &["ps", "-a", "--json", VM]).await;
+    let list: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(list[0]["exitCode"], 9, "{json}");
+    let (code, _, said) = run(&machine, &["kill", "-s", "NONSENSE", VM, id]).await;
+    assert_eq!(code, 2);
+    assert!(said.contains("SIGTERM"), "{said}");
+}
+
+#[tokio::test]
+async fn the_address_is_printed_alone_on_its_line() {
+    let machine = Machine::start().await;
+    let (code, out, said) = run(&machine, &["url", VM]).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert_eq!(out, format!("{}\n", info(VM).url));
+}
+
+#[tokio::test]
+async fn a_forwarded_port_where_nobody_listens_is_told_and_the_next_one_is_served() {
+    let machine = Machine::start().await;
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let mut child = sup(&machine, &["forward", VM, &format!("0:{port}")])
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut said = child.stderr.take().unwrap();
+    let mut address = String::new();
+    soon(out.read_line(&mut address)).await.unwrap();
+    let connect = async || {
+        tokio::net::TcpStream::connect(address.trim_end())
+            .await
+            .unwrap()
+    };
+    let mut near = connect().await;
+    let words = format!("connecting to port {port}");
+    read_until(&mut said, &words).await;
+    let _ = soon(near.read_u8()).await.unwrap_err();
+    let server = tokio::net::TcpListener::bind(("127.0.0.1", port))
+        .await
+        .unwrap();
+    let _near = connect().await;
+    soon(server.accept()).await.unwrap();
+    interrupt(&child);
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}

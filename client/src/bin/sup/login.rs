@@ -35,7 +35,9 @@ impl std::str::FromStr for Fingerprint {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let digits: String = text.chars().filter(|letter| *letter != ':').collect();
+        // As the console writes it.
+        let digits = text.strip_prefix("sha256:").unwrap_or(text);
+        let digits: String = digits.chars().filter(|letter| *letter != ':').collect();
         if digits.len() != 64 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
             return Err("it has 64 hexadecimal digits");
         }
@@ -100,7 +102,7 @@ async fn authority(
                 "{} shows a CA certificate with the SHA-256",
                 login.appliance
             );
-            eprintln!("  {}", fetched.sha256);
+            eprintln!("  sha256:{}", fetched.sha256);
             let question = "Does the appliance's console show the same? [y/N] ";
             let answer = ask(question, false).await?.to_ascii_lowercase();
             answer == "y" || answer == "yes"
@@ -173,11 +175,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fingerprint_may_have_colons_and_capitals() {
+    fn a_fingerprint_is_as_the_console_or_another_program_writes_it() {
         let plain = "0a".repeat(32);
         let spread = vec!["0A"; 32].join(":");
         let parse = |text: &str| text.parse::<Fingerprint>();
         assert_eq!(parse(&spread), parse(&plain));
+        assert_eq!(parse(&format!("sha256:{plain}")), parse(&plain));
         assert!(parse(&plain).is_ok());
         for text in ["", "0a", &"0x".repeat(32), &"0".repeat(65)] {
             assert!(parse(text).is_err(), "{text}");
