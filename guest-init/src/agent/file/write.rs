@@ -176,11 +176,9 @@ impl<'a> Sink<'a> {
         };
         let hidden = parent.join(upload::hidden_name(upload));
         let resumable = request.upload.is_some();
-        let mut claim = agent.uploads.claim(upload, &hidden, resumable)?;
+        let claim = agent.uploads.claim(upload, &hidden, resumable)?;
         let mut place = Place::open(&hidden)?;
         place.name = name;
-        // What an earlier stream left must not be lost by a request that is refused.
-        claim.keep(resumable);
         let file = open_hidden(&place, upload, request.offset, &path)?;
         Ok(Self {
             path,
