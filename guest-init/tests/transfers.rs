@@ -70,6 +70,16 @@ fn a_read_goes_on_where_an_earlier_one_stopped() {
     assert!(rest.bytes == bytes[100_000..]);
     request.length = Some(70_000);
     assert!(read(&agent, &request).bytes == bytes[100_000..170_000]);
+    // With a checksum of what came before, too.
+    request.length = Some(70_000);
+    request.checksum = true;
+    request.before = 99_000;
+    let whole = Some(*blake3::hash(&bytes[1000..170_000]).as_bytes());
+    let ended = read(&agent, &request).ended;
+    assert_eq!((ended.bytes, ended.blake3), (70_000, whole));
+    request.before = 100_001;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+    request.before = 0;
     request.length = Some(u64::MAX);
     assert_eq!(refusal(&agent, &request).code, ErrorCode::FileTooLarge);
     request.offset = 300_000;

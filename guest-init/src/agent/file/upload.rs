@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -367,7 +368,7 @@ pub(super) fn query(
             .st_size;
         let offset = u64::try_from(length).unwrap_or(0);
         let mut hasher = blake3::Hasher::new();
-        hash_file(&file, offset, &mut hasher, &stream).map_err(|error| match error {
+        hash_file(&file, 0..offset, &mut hasher, &stream).map_err(|error| match error {
             HashError::Read(errno) => refused("read", &hidden, errno),
             HashError::Stream(_) => invalid("the client has gone"),
         })?;
@@ -404,17 +405,17 @@ pub(crate) enum HashError {
     Stream(StreamError),
 }
 
-/// Hashes the first `length` bytes, as long as somebody waits for it.
+/// Hashes these bytes of a file, as long as somebody waits for it.
 pub(crate) fn hash_file(
     file: &OwnedFd,
-    length: u64,
+    range: Range<u64>,
     hasher: &mut blake3::Hasher,
     stream: &Stream,
 ) -> Result<(), HashError> {
     let mut buffer = vec![0; CHUNK];
-    let (mut at, mut unlooked): (u64, u64) = (0, 0);
-    while at < length {
-        let left = length.saturating_sub(at);
+    let (mut at, mut unlooked): (u64, u64) = (range.start, 0);
+    while at < range.end {
+        let left = range.end.saturating_sub(at);
         let turn = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
         let offset = i64::try_from(at).map_err(|_| HashError::Read(Errno::EOVERFLOW))?;
         let room = buffer.get_mut(..turn).unwrap_or_default();

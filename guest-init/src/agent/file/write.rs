@@ -428,7 +428,7 @@ fn hash(
     stream: &Stream,
     path: &Path,
 ) -> Result<(), Failure> {
-    upload::hash_file(file, length, hasher, stream).map_err(|error| match error {
+    upload::hash_file(file, 0..length, hasher, stream).map_err(|error| match error {
         HashError::Read(errno) => Failure::from(refused("read", path, errno)),
         HashError::Stream(error) => Failure::from(error),
     })
