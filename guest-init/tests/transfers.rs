@@ -7,6 +7,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::process::Command;
 
 use common::files::{
     ask, begin, data, end, noise, read, read_request, refusal, upload_id, write, write_request,
@@ -69,6 +70,16 @@ fn a_read_goes_on_where_an_earlier_one_stopped() {
     assert!(rest.bytes == bytes[100_000..]);
     request.length = Some(70_000);
     assert!(read(&agent, &request).bytes == bytes[100_000..170_000]);
+    // With a checksum of what came before, too.
+    request.length = Some(70_000);
+    request.checksum = true;
+    request.before = 99_000;
+    let whole = Some(*blake3::hash(&bytes[1000..170_000]).as_bytes());
+    let ended = read(&agent, &request).ended;
+    assert_eq!((ended.bytes, ended.blake3), (70_000, whole));
+    request.before = 100_001;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+    request.before = 0;
     request.length = Some(u64::MAX);
     assert_eq!(refusal(&agent, &request).code, ErrorCode::FileTooLarge);
     request.offset = 300_000;
@@ -476,6 +487,35 @@ fn a_broken_upload_goes_on_where_it_stopped() {
         refusal(&agent, &query("deep/file", 7)).code,
         ErrorCode::NoSuchUpload
     );
+}
+
+#[test]
+fn what_is_kept_of_an_upload_outlives_a_request_that_cannot_open_it() {
+    let agent = Agent::start();
+    let program = fs::read("/bin/sleep").unwrap();
+    let mut request = write_request("file");
+    request.upload = Some(upload_id(5));
+    let mut client = begin(&agent, &request);
+    data(&mut client, &program);
+    drop(client);
+    let kept = || {
+        let mut client = agent.connect();
+        client.send(&query("file", 5));
+        let answer = message::decode::<UploadState>(&client.frame().unwrap());
+        answer.ok().map(|state| state.offset)
+    };
+    let length = program.len() as u64;
+    eventually("all of it is there", || kept() == Some(length));
+    // A program that runs cannot be opened for writing.
+    let hidden = agent.workspace().join(&names(&agent)[0]);
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut running = Command::new(&hidden).arg("600").spawn().unwrap();
+    let refused = refusal(&agent, &query("file", 5));
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert_eq!(refused.code, ErrorCode::FileBusy);
+    assert!(refused.detail.starts_with("ETXTBSY\n"), "{refused:?}");
+    eventually("it is there still", || kept() == Some(length));
 }
 
 #[test]

@@ -34,6 +34,7 @@ impl FileRead {
                 offset: 0,
                 length: None,
                 checksum: false,
+                before: 0,
                 sparse: false,
                 special: false,
             },
@@ -54,8 +55,8 @@ impl FileRead {
         self
     }
 
-    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end. After
-    /// [`Download::resume`] that is what was sent since then.
+    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end; also
+    /// of what had come before the connection was lost, if it was.
     #[must_use]
     pub fn checked(mut self) -> Self {
         self.request.checksum = true;
@@ -176,8 +177,7 @@ impl Download {
     }
 
     /// After a lost connection: reads on where the old stream stopped, if the file is still the
-    /// same one by inode, size and time of its last change. A checksum that was asked for covers what
-    /// comes from here on: who wants one of the whole reads it again.
+    /// same one.
     pub async fn resume(&mut self) -> Result<(), ClientError> {
         if self.inflow.is_over() {
             return Ok(());
@@ -191,6 +191,10 @@ impl Download {
         }
         let mut request = self.request.clone();
         request.offset = self.offset();
+        if request.checksum {
+            // What we have already is checked, too.
+            request.before = self.so_far();
+        }
         request.length = request
             .length
             .map(|length| length.saturating_sub(self.so_far()));

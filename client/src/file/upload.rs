@@ -44,8 +44,8 @@ impl FileWrite {
         }
     }
 
-    /// Adds to the file's end, as it comes. When that fails half-way, the last line of the error's
-    /// detail says how much got in: `appended` and the number of bytes.
+    /// Adds to the file's end, as it comes. When that fails half-way,
+    /// [`FileError::appended`](super::FileError::appended) says how much got in.
     #[must_use]
     pub fn append(mut self) -> Self {
         self.request.mode = WriteMode::Append;

@@ -176,11 +176,9 @@ impl<'a> Sink<'a> {
         };
         let hidden = parent.join(upload::hidden_name(upload));
         let resumable = request.upload.is_some();
-        let mut claim = agent.uploads.claim(upload, &hidden, resumable)?;
+        let claim = agent.uploads.claim(upload, &hidden, resumable)?;
         let mut place = Place::open(&hidden)?;
         place.name = name;
-        // What an earlier stream left must not be lost by a request that is refused.
-        claim.keep(resumable);
         let file = open_hidden(&place, upload, request.offset, &path)?;
         Ok(Self {
             path,
@@ -430,7 +428,7 @@ fn hash(
     stream: &Stream,
     path: &Path,
 ) -> Result<(), Failure> {
-    upload::hash_file(file, length, hasher, stream).map_err(|error| match error {
+    upload::hash_file(file, 0..length, hasher, stream).map_err(|error| match error {
         HashError::Read(errno) => Failure::from(refused("read", path, errno)),
         HashError::Stream(error) => Failure::from(error),
     })

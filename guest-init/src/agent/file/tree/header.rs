@@ -61,35 +61,28 @@ fn text(block: &[u8; BLOCK], start: usize, length: usize) -> &[u8] {
     field.get(..end.unwrap_or(field.len())).unwrap_or_default()
 }
 
-/// Octal digits between blanks and zero bytes; or, with the top bit set, a binary number.
+/// A number that is never negative.
 fn number(bytes: &[u8]) -> Option<u64> {
-    if bytes.first().is_some_and(|first| first & 0x80 != 0) {
-        let (first, rest) = bytes.split_first()?;
-        return rest
-            .iter()
-            .try_fold(u64::from(first & 0x7f), |number, byte| {
-                number.checked_mul(256)?.checked_add(u64::from(*byte))
-            });
+    signed(bytes).and_then(|number| u64::try_from(number).ok())
+}
+
+/// Octal digits between blanks and zero bytes; or, with the top bit set, a binary number, whose sign
+/// is the bit below it.
+fn signed(bytes: &[u8]) -> Option<i64> {
+    let (first, rest) = bytes.split_first()?;
+    if first & 0x80 != 0 {
+        let begin = i64::from(first & 0x3f).checked_sub(i64::from(first & 0x40))?;
+        return rest.iter().try_fold(begin, |number, byte| {
+            number.checked_mul(256)?.checked_add(i64::from(*byte))
+        });
     }
     let blank = |byte: &u8| matches!(byte, b' ' | 0);
     let start = bytes.iter().position(|byte| !blank(byte))?;
     let digits = bytes.get(start..)?;
     let end = digits.iter().position(blank).unwrap_or(digits.len());
-    digits.get(..end)?.iter().try_fold(0_u64, |number, byte| {
+    digits.get(..end)?.iter().try_fold(0_i64, |number, byte| {
         let digit = byte.checked_sub(b'0').filter(|digit| *digit < 8)?;
-        number.checked_mul(8)?.checked_add(u64::from(digit))
-    })
-}
-
-/// A time: a number, or in binary one that may lie before 1970, as GNU tar writes it.
-fn time(bytes: &[u8]) -> Option<i64> {
-    let Some((first, rest)) = bytes.split_first().filter(|(first, _)| *first & 0x80 != 0) else {
-        return number(bytes).and_then(|number| number.try_into().ok());
-    };
-    // The first byte's lower seven bits, as two's complement.
-    let first = i64::from((first << 1).cast_signed() >> 1);
-    rest.iter().try_fold(first, |number, byte| {
-        number.checked_mul(256)?.checked_add(i64::from(*byte))
+        number.checked_mul(8)?.checked_add(i64::from(digit))
     })
 }
 
@@ -113,14 +106,12 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         return Err(HeaderError::Checksum);
     }
     // An empty field is zero: old archives have them.
-    let given = |start, length| {
+    let read = |name, start, length| {
         let field = field(block, start, length);
-        let is_empty = field.iter().all(|byte| matches!(byte, b' ' | 0));
-        (!is_empty).then_some(field)
-    };
-    let read = |name, start, length| match given(start, length) {
-        Some(field) => number(field).ok_or(HeaderError::Number(name)),
-        None => Ok(0),
+        if field.iter().all(|byte| matches!(byte, b' ' | 0)) {
+            return Ok(0);
+        }
+        number(field).ok_or(HeaderError::Number(name))
     };
     let size = read("size", 124, 12)?;
     let letter = field(block, 156, 1).first().copied().unwrap_or(0);
@@ -152,7 +143,11 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         Kind::File if letter == 0 && name.ends_with(b"/") => Kind::Directory,
         kind => kind,
     };
-    let mtime = given(136, 12).map_or(Some(0), time);
+    let mtime = field(block, 136, 12);
+    let mtime_s = match mtime.iter().all(|byte| matches!(byte, b' ' | 0)) {
+        true => 0,
+        false => signed(mtime).ok_or(HeaderError::Number("time"))?,
+    };
     Ok(Header::Entry(Entry {
         kind,
         name,
@@ -161,7 +156,7 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         uid: read("owner", 108, 8)?,
         gid: read("group", 116, 8)?,
         size,
-        mtime_s: mtime.ok_or(HeaderError::Number("time"))?,
+        mtime_s,
         mtime_ns: 0,
         major: read("device number", 329, 8)?,
         minor: read("device number", 337, 8)?,
@@ -267,22 +262,34 @@ mod tests {
     }
 
     #[test]
-    fn times_may_lie_before_1970() {
-        let mut before = [0xff; 12];
-        before[11] = 0xfb;
-        assert_eq!(time(&before), Some(-5));
-        assert_eq!(time(b"\x80\0\0\0\0\0\0\x01\0\0\0\0"), Some(1 << 32));
-        assert_eq!(time(b"00000000012\0"), Some(10));
-        assert_eq!(time(b"\xc0\0\0\0\0\0\0\0\0\0\0\0"), None);
-    }
-
-    #[test]
     fn numbers_are_octal_or_binary_and_never_overflow() {
         assert_eq!(number(b"0000644\0"), Some(0o644));
         assert_eq!(number(b"   12 \0 "), Some(0o12));
         assert_eq!(number(b"12x"), None);
         assert_eq!(number(b"\x80\0\0\0\0\0\0\x01\0\0\0\0"), Some(1 << 32));
         assert_eq!(number(&[0xff; 12]), None);
+        assert_eq!(number(&[0xff; 8]), None, "less than nothing");
+        let mut nearly = [0; 12];
+        nearly[0] = 0x80;
+        nearly[4] = 0x80;
+        assert_eq!(number(&nearly), None);
         assert_eq!(number(&[b'7'; 30]), None);
+    }
+
+    #[test]
+    fn a_time_before_1970_is_read_as_gnu_writes_it() {
+        let mut block = entry(&sample());
+        for (time, wanted) in [(-1_i64, -1), (-86_400, -86_400), (1 << 34, 1 << 34)] {
+            let mut field = [if time < 0 { 0xff } else { 0 }; 12];
+            field[4..].copy_from_slice(&time.to_be_bytes());
+            field[0] |= 0x80;
+            block[136..148].copy_from_slice(&field);
+            let total = sum(&block);
+            block[148..156].copy_from_slice(format!("{total:06o}\0 ").as_bytes());
+            let Ok(Header::Entry(entry)) = parse(&block) else {
+                panic!("{time}");
+            };
+            assert_eq!(entry.mtime_s, wanted);
+        }
     }
 }
