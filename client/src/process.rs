@@ -7,8 +7,8 @@ use protocol::frame::MAX_DATA;
 use protocol::id::ProcessId;
 use protocol::process::OutputMode;
 use protocol::processes::{
-    KillProcess, ListProcesses, ProcessInfo, ProcessPage, ProcessRemoved, RemoveProcess,
-    SendSignal, StdinWritten, WaitProcess, WriteStdin,
+    KillProcess, ListProcesses, MAX_SHOWN_COMMAND, ProcessInfo, ProcessPage, ProcessRemoved,
+    RemoveProcess, SendSignal, StdinWritten, WaitProcess, WriteStdin,
 };
 use protocol::{ErrorCode, Frame, Kind};
 
@@ -21,7 +21,10 @@ use crate::output::{Output, ReadFrom, Utf8Decoder};
 use crate::vm::{Repeat, Vm};
 
 /// The most processes that [`Vm::processes`] takes; an agent looks after fewer.
-const MOST_PROCESSES: usize = 100_000;
+const MOST_PROCESSES: usize = 10_000;
+
+/// Longest text about a process's end, in bytes; an agent's are far shorter.
+const MAX_MESSAGE: usize = 4096;
 
 impl Vm {
     /// Starts a command that nobody has to follow: it is never held back, and its output is kept,
@@ -70,12 +73,31 @@ impl Vm {
                     "the list of processes is not in order".into(),
                 ));
             }
+            if !page.processes.iter().all(is_bounded) {
+                let message = "a process in the list says more of itself than it may";
+                return Err(ClientError::Broken(message.into()));
+            }
             all.extend(page.processes);
             if !page.more {
                 return Ok(all);
             }
         }
     }
+}
+
+/// Whether an entry of the list is within its bounds: the guest made it, and the list is kept.
+fn is_bounded(process: &ProcessInfo) -> bool {
+    // Each word counts for its length, too: one without bytes is kept as well.
+    let command: usize = process
+        .command
+        .iter()
+        .map(|word| word.len().saturating_add(1))
+        .sum();
+    let message = process
+        .ended
+        .as_ref()
+        .map_or(0, |ended| ended.message.len());
+    command <= MAX_SHOWN_COMMAND.saturating_add(1) && message <= MAX_MESSAGE
 }
 
 /// A process in a VM.
@@ -257,5 +279,47 @@ impl Process {
             .ask::<_, ProcessRemoved>(&request, Repeat::Unsafe)
             .await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::process::{CommandMode, OutputMode, ProcessEnd, ProcessEnded};
+
+    use super::*;
+
+    fn process(command: Vec<Vec<u8>>, message: &str) -> ProcessInfo {
+        ProcessInfo {
+            id: ProcessId([1; 16]),
+            number: 1,
+            pid: 1,
+            mode: CommandMode::Argv,
+            command,
+            output: OutputMode::Log,
+            terminal: false,
+            started_unix_ms: 0,
+            ended_unix_ms: 0,
+            ended: Some(ProcessEnded {
+                end: ProcessEnd::StartFailed,
+                exit_code: 127,
+                signal: 0,
+                output_open: false,
+                message: message.into(),
+            }),
+            bytes: 0,
+            dropped: 0,
+        }
+    }
+
+    #[test]
+    fn a_process_that_says_too_much_of_itself_is_refused() {
+        assert!(is_bounded(&process(
+            vec![b"x".repeat(1024)],
+            "not found: x"
+        )));
+        assert!(is_bounded(&process(vec![Vec::new(); 1025], "")));
+        assert!(!is_bounded(&process(vec![b"x".repeat(1025)], "")));
+        assert!(!is_bounded(&process(vec![Vec::new(); 1026], "")));
+        assert!(!is_bounded(&process(Vec::new(), &"x".repeat(4097))));
     }
 }

@@ -196,6 +196,33 @@ fn a_file_that_becomes_shorter_while_it_is_read_ends_early_and_says_so() {
 }
 
 #[test]
+fn a_sparse_read_invents_no_zeros_where_the_file_became_shorter() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, noise(8 << 20)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(100 << 20).unwrap();
+    let mut request = read_request("file");
+    request.sparse = true;
+    let mut client = agent.connect();
+    client.send(&request);
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    // The agent is in the middle of the content, which the connection does not hold.
+    file.set_len(1000).unwrap();
+    let mut seen = 0;
+    let ended = loop {
+        let frame = client.frame().unwrap();
+        match frame.kind {
+            Kind::FILE_DATA => seen += frame.body.len() as u64,
+            Kind::FILE_HOLE => panic!("{:?}", message::decode::<FileHole>(&frame)),
+            _ => break message::decode::<protocol::file::transfer::ReadEnded>(&frame).unwrap(),
+        }
+    };
+    assert!(seen < 8 << 20);
+    assert_eq!(ended.bytes, seen);
+}
+
+#[test]
 fn a_read_that_nobody_takes_costs_one_buffer_and_holds_up_nobody() {
     let agent = Agent::start();
     File::create(agent.workspace().join("big"))
@@ -632,6 +659,61 @@ fn a_full_disk_is_said_at_once_and_the_old_file_stays() {
         message::decode::<UploadState>(&client.frame().unwrap())
             .is_ok_and(|state| state.offset > 500_000)
     });
+}
+
+#[test]
+fn an_append_that_fails_takes_nothing_from_others_and_says_how_much_got_in() {
+    let agent = agent_with_small_disk();
+    let mut request = write_request("small/log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let others = agent.shell("head -c 300000 /dev/zero | tr '\\0' o >> small/log; echo done");
+    assert_eq!(others.text(), "done\n");
+    let mut bytes = Vec::new();
+    protocol::frame::append(&mut bytes, Kind::FILE_DATA, &[b'1'; 65_536]).unwrap();
+    for _ in 0..64 {
+        if client.socket.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let error = client.error();
+    assert_eq!(error.code, ErrorCode::NoSpace);
+    let appended: usize = error
+        .detail
+        .lines()
+        .last()
+        .and_then(|line| line.strip_prefix("appended ")?.parse().ok())
+        .expect("how much got in");
+    assert!(appended > 500_000, "{appended}");
+    let count = |byte: char| {
+        let line = format!("tr -cd {byte} < small/log | wc -c");
+        agent.shell(&line).text().trim().parse::<usize>().unwrap()
+    };
+    assert_eq!((count('o'), count('1')), (300_000, appended));
+}
+
+#[test]
+fn a_hole_has_no_place_in_an_append_and_takes_nothing_from_others() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let file = agent.workspace().join("log");
+    fs::write(&file, b"of others").unwrap();
+    client.send(&FileHole { length: 4 });
+    assert_eq!(client.error().code, ErrorCode::InvalidArgument);
+    assert_eq!(fs::read(&file).unwrap(), b"of others");
+}
+
+#[test]
+fn an_append_says_how_long_the_file_is_whoever_else_appended() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    fs::write(agent.workspace().join("log"), b"of others").unwrap();
+    data(&mut client, b"ours");
+    assert_eq!(end(client).unwrap().size, 13);
 }
 
 #[test]

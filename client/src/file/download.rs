@@ -54,7 +54,8 @@ impl FileRead {
         self
     }
 
-    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end.
+    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end. After
+    /// [`Download::resume`] that is what was sent since then.
     #[must_use]
     pub fn checked(mut self) -> Self {
         self.request.checksum = true;
@@ -175,7 +176,8 @@ impl Download {
     }
 
     /// After a lost connection: reads on where the old stream stopped, if the file is still the
-    /// same one.
+    /// same one by inode, size and time of its last change. A checksum that was asked for covers what
+    /// comes from here on: who wants one of the whole reads it again.
     pub async fn resume(&mut self) -> Result<(), ClientError> {
         if self.inflow.is_over() {
             return Ok(());

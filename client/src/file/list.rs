@@ -14,6 +14,10 @@ use super::show;
 use crate::error::ClientError;
 use crate::vm::{Repeat, Vm};
 
+/// Longest name and longest target of a link, in bytes, on any file system of Linux.
+const MAX_NAME: usize = 255;
+const MAX_TARGET: usize = 4096;
+
 type Asking = Pin<Box<dyn Future<Output = Result<DirectoryPage, ClientError>> + Send>>;
 
 /// The entries of a directory in the order of their names' bytes, without `.` and `..`. What is
@@ -142,6 +146,13 @@ fn check(after: &[u8], page: &DirectoryPage) -> Result<(), ClientError> {
     if !ordered || !goes_on {
         return Err(ClientError::Broken("the list is not in order".into()));
     }
+    for entry in &page.entries {
+        let target = entry.info.target.as_ref().map_or(0, Vec::len);
+        if entry.name.len() > MAX_NAME || target > MAX_TARGET {
+            let message = "a name in the list is longer than any can be";
+            return Err(ClientError::Broken(message.into()));
+        }
+    }
     for name in names {
         if name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
             let message = format!("`{}` is no name in a directory", show(name).escape_debug());
@@ -203,6 +214,7 @@ mod tests {
             page(&["b"], Some("b")),
             page(&[], Some("d")),
             page(&["..."], None),
+            page(&[&"b".repeat(255)], None),
         ] {
             check(b"", &good).unwrap();
         }
@@ -215,6 +227,7 @@ mod tests {
             page(&[], Some("a")),
             page(&["b/../../etc"], None),
             page(&["b\0"], None),
+            page(&[&"b".repeat(256)], None),
         ] {
             assert!(check(b"a", &bad).is_err(), "{bad:?}");
         }

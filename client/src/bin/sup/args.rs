@@ -91,6 +91,9 @@ pub(crate) enum Task {
         /// The VM's id or name
         vm: VmRef,
     },
+    /// Run a patch: a script in JavaScript with a global `sup` that gives it VMs
+    #[cfg(feature = "patch")]
+    Run(crate::run::Run),
     /// Keep how to reach an appliance: its endpoint, your token and its CA certificate
     Login(crate::login::Login),
     /// Print what makes a shell complete sup's commands and options

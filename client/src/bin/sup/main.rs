@@ -9,6 +9,8 @@ mod exec;
 mod login;
 mod network;
 mod processes;
+#[cfg(feature = "patch")]
+mod run;
 mod session;
 mod show;
 mod terminal;
@@ -154,6 +156,8 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
                 with_client(target()?, async |client| network::url(client, &vm).await).await?;
             network::open(&url).await
         }
+        #[cfg(feature = "patch")]
+        Task::Run(run) => run::run(target()?, run).await,
         Task::Login(login) => login::run(&arguments.target, login).await,
         Task::Completions { shell } => {
             let mut script = Vec::new();

@@ -253,12 +253,15 @@ impl Source {
         Ok(())
     }
 
-    /// The next data or hole at or after `at`, at most `end`.
+    /// The next data or hole at or after `at`, at most `end`; `at` itself where the file ends there.
     fn seek(&self, at: u64, whence: Whence, end: u64) -> Result<u64, Errno> {
         match lseek(&self.file, i64::try_from(at).unwrap_or(i64::MAX), whence) {
             Ok(found) => Ok(u64::try_from(found).unwrap_or(end).clamp(at, end)),
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => Ok(end),
+            // Nothing but a hole up to the file's end, which may have come nearer meanwhile.
+            Err(Errno::ENXIO) => {
+                let size = u64::try_from(fstat(&self.file)?.st_size).unwrap_or(0);
+                Ok(size.min(end).max(at))
+            }
             Err(errno) => Err(errno),
         }
     }

@@ -81,6 +81,18 @@ fn number(bytes: &[u8]) -> Option<u64> {
     })
 }
 
+/// A time: a number, or in binary one that may lie before 1970, as GNU tar writes it.
+fn time(bytes: &[u8]) -> Option<i64> {
+    let Some((first, rest)) = bytes.split_first().filter(|(first, _)| *first & 0x80 != 0) else {
+        return number(bytes).and_then(|number| number.try_into().ok());
+    };
+    // The first byte's lower seven bits, as two's complement.
+    let first = i64::from((first << 1).cast_signed() >> 1);
+    rest.iter().try_fold(first, |number, byte| {
+        number.checked_mul(256)?.checked_add(i64::from(*byte))
+    })
+}
+
 fn sum(block: &[u8; BLOCK]) -> u64 {
     block
         .iter()
@@ -101,12 +113,14 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         return Err(HeaderError::Checksum);
     }
     // An empty field is zero: old archives have them.
-    let read = |name, start, length| {
+    let given = |start, length| {
         let field = field(block, start, length);
-        if field.iter().all(|byte| matches!(byte, b' ' | 0)) {
-            return Ok(0);
-        }
-        number(field).ok_or(HeaderError::Number(name))
+        let is_empty = field.iter().all(|byte| matches!(byte, b' ' | 0));
+        (!is_empty).then_some(field)
+    };
+    let read = |name, start, length| match given(start, length) {
+        Some(field) => number(field).ok_or(HeaderError::Number(name)),
+        None => Ok(0),
     };
     let size = read("size", 124, 12)?;
     let letter = field(block, 156, 1).first().copied().unwrap_or(0);
@@ -138,7 +152,7 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         Kind::File if letter == 0 && name.ends_with(b"/") => Kind::Directory,
         kind => kind,
     };
-    let mtime = read("time", 136, 12)?;
+    let mtime = given(136, 12).map_or(Some(0), time);
     Ok(Header::Entry(Entry {
         kind,
         name,
@@ -147,7 +161,7 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         uid: read("owner", 108, 8)?,
         gid: read("group", 116, 8)?,
         size,
-        mtime_s: i64::try_from(mtime).unwrap_or(0),
+        mtime_s: mtime.ok_or(HeaderError::Number("time"))?,
         mtime_ns: 0,
         major: read("device number", 329, 8)?,
         minor: read("device number", 337, 8)?,
@@ -250,6 +264,16 @@ mod tests {
         block[5] ^= 1;
         assert_eq!(parse(&block), Err(HeaderError::Checksum));
         assert_eq!(parse(&[0xff; BLOCK]), Err(HeaderError::Checksum));
+    }
+
+    #[test]
+    fn times_may_lie_before_1970() {
+        let mut before = [0xff; 12];
+        before[11] = 0xfb;
+        assert_eq!(time(&before), Some(-5));
+        assert_eq!(time(b"\x80\0\0\0\0\0\0\x01\0\0\0\0"), Some(1 << 32));
+        assert_eq!(time(b"00000000012\0"), Some(10));
+        assert_eq!(time(b"\xc0\0\0\0\0\0\0\0\0\0\0\0"), None);
     }
 
     #[test]
