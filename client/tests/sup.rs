@@ -218,6 +218,10 @@ async fn every_command_that_runs_something_fails_with_255_and_every_other_with_1
         assert_eq!(code, expected, "{arguments:?}: {said}");
         assert!(said.contains("/no/such/socket"), "{arguments:?}: {said}");
     }
+    // A script finds out by itself whether there is an appliance.
+    let mut command = bare(home.path());
+    let (code, _, said) = told(command.args(["run", "-"]).output().await.unwrap());
+    assert_eq!(code, 255, "{said}");
     for arguments in [
         &["exec", VM][..],
         &["exec", "--shell", VM, "two", "words"],

@@ -153,6 +153,36 @@ async fn standard_input_and_output_are_dashes() {
 }
 
 #[tokio::test]
+async fn a_reader_that_has_had_enough_is_no_error() {
+    let machine = Machine::start().await;
+    fs::write(machine.workspace().join("f"), vec![b'x'; 4 << 20]).unwrap();
+    let mut child = sup(&machine, &["cp", &there("f"), "-"]).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    tokio::io::AsyncReadExt::read_u8(&mut out).await.unwrap();
+    drop(out);
+    let output = soon(child.wait_with_output()).await.unwrap();
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(output.stderr, b"");
+}
+
+#[tokio::test]
+async fn a_waiting_file_of_somebody_elses_is_not_gone_on_with() {
+    let machine = Machine::start().await;
+    let here = here();
+    fs::write(machine.workspace().join("f"), vec![b'x'; LONG]).unwrap();
+    let arguments = ["cp", &there("f"), &text(here.path())];
+    let child = sup(&machine, &arguments).spawn().unwrap();
+    let part = waiting(here.path()).await;
+    interrupt(&child);
+    soon(child.wait_with_output()).await.unwrap();
+    fs::hard_link(&part, here.path().join("another")).unwrap();
+    let (code, _, said) = run(&machine, &arguments).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("somebody else's"), "{said}");
+    assert!(!here.path().join("f").exists());
+}
+
+#[tokio::test]
 async fn what_makes_no_sense_is_told_and_exits_with_2() {
     let machine = Machine::start().await;
     for arguments in [

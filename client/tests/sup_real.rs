@@ -6,7 +6,7 @@ mod common;
 
 use std::process::Stdio;
 
-use common::program::{interrupt, read_until, run, sup};
+use common::program::{interrupt, read_until, run, sup, told};
 use common::real::{Machine, soon};
 use common::*;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -349,4 +349,47 @@ async fn a_forwarded_port_where_nobody_listens_is_told_and_the_next_one_is_serve
     soon(server.accept()).await.unwrap();
     interrupt(&child);
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}
+
+/// The lines of docs/sup.md that are marked to be run.
+fn examples() -> String {
+    let page = include_str!("../../docs/sup.md");
+    let blocks = page.split("```sh\n").skip(1);
+    blocks
+        .filter_map(|block| block.split("```").next())
+        .collect()
+}
+
+#[tokio::test]
+async fn the_examples_of_the_documentation_do_what_they_say() {
+    let machine = Machine::start().await;
+    let here = tempfile::tempdir().unwrap();
+    let bin = std::path::Path::new(env!("CARGO_BIN_EXE_sup"))
+        .parent()
+        .unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let mut shell = tokio::process::Command::new("sh");
+    shell
+        .args(["-e", "-c", &examples()])
+        .current_dir(here.path())
+        .env("HOME", here.path())
+        .env("PATH", path)
+        .env("SUP_ENDPOINT", machine.endpoint().to_string())
+        .env("SUP_TOKEN", TOKEN)
+        .stdin(Stdio::null());
+    let (code, out, said) = told(soon(shell.output()).await.unwrap());
+    assert_eq!((code, said.as_str()), (0, ""), "{out}");
+    for text in [
+        "hello\n/etc\n",
+        "42\n",
+        "1\n2\n3\n",
+        "sleep 99",
+        "\"exitCode\"",
+        "\n5\n",
+    ] {
+        assert!(out.contains(text), "no {text:?} in {out}");
+    }
+    let read = |path: &str| std::fs::read_to_string(here.path().join(path)).unwrap();
+    assert_eq!(read("back/index.html"), "hello\n");
+    assert_eq!(read("back/copy/index.html"), "hello\n");
 }

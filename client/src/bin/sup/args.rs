@@ -350,4 +350,28 @@ mod tests {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
     }
+
+    #[test]
+    fn every_command_and_every_option_is_in_the_documentation() {
+        use clap::CommandFactory;
+        let page = concat!(
+            include_str!("../../../../docs/sup.md"),
+            include_str!("../../../../docs/patches.md")
+        );
+        for command in Arguments::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(page.contains(&format!("sup {name}")), "sup {name}");
+            for option in command
+                .get_arguments()
+                .filter(|option| !option.is_hide_set())
+            {
+                if let Some(long) = option.get_long() {
+                    let short = option.get_short().map(|short| format!("`-{short}`"));
+                    let known = page.contains(&format!("--{long}"))
+                        || short.is_some_and(|short| page.contains(&short));
+                    assert!(known, "sup {name} --{long}");
+                }
+            }
+        }
+    }
 }

@@ -27,13 +27,13 @@ use args::{Arguments, Create, Task};
 use complaint::Complaint;
 use config::Target;
 
-/// What a command whose exit code is that of something in a VM returns when there is none.
+/// What a command whose exit code is that of something it runs returns when there is none.
 const NO_EXIT_CODE: u8 = 255;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => NO_EXIT_CODE,
+        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) | Task::Run(_) => NO_EXIT_CODE,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use client::file::{Download, FileRead, Piece, TreeRead};
@@ -59,25 +59,29 @@ pub(super) async fn print(
     let mut out = tokio::io::stdout();
     let mut patience = Patience::new();
     let bar = job.notes.bar(from, download.total());
-    loop {
+    let written = loop {
         match download.next_piece().await {
             Ok(Some(Piece::Data(bytes))) => {
-                let written = out.write_all(&bytes).await;
-                written.map_err(|error| Complaint::new(what, error.to_string()))?;
+                if let Err(error) = out.write_all(&bytes).await {
+                    break Err(error);
+                }
                 bar.inc(u64::try_from(bytes.len()).unwrap_or(0));
             }
             // None were asked for.
             Ok(Some(Piece::Hole(_))) => {}
-            Ok(None) => break,
+            Ok(None) => break out.flush().await,
             Err(error) => {
                 let resumed = resume(&mut download, &mut patience, error).await;
                 resumed.map_err(|error| wrong(&error))?;
             }
         }
-    }
+    };
     bar.finish();
-    let flushed = out.flush().await;
-    flushed.map_err(|error| Complaint::new(what, error.to_string()))
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => job.reader_gone.set(true),
+        written => written.map_err(|error| Complaint::new(what, error.to_string()))?,
+    }
+    Ok(())
 }
 
 async fn resume(
@@ -250,6 +254,8 @@ impl Writer {
 enum PlaceError {
     #[error("cannot write {}: {cause}", path.display())]
     Open { path: PathBuf, cause: io::Error },
+    #[error("{} is in the way, and somebody else's; remove it", path.display())]
+    Foreign { path: PathBuf },
     #[error("another sup is copying it to {}", path.display())]
     Busy { path: PathBuf },
 }
@@ -301,9 +307,15 @@ impl Waiting {
             .create(true)
             .truncate(false)
             .mode(0o600)
-            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
             .open(&path)
             .map_err(|cause| wrong(&to, cause))?;
+        let about = file.metadata().map_err(|cause| wrong(&to, cause))?;
+        // In a directory of everybody's somebody else may have guessed the name.
+        if about.uid() != nix::unistd::geteuid().as_raw() || !about.is_file() || about.nlink() != 1
+        {
+            return Err(PlaceError::Foreign { path });
+        }
         let lock = file.try_clone().map_err(|cause| wrong(&to, cause))?;
         let lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,

@@ -12,6 +12,7 @@ mod place;
 mod send;
 mod unpack;
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ use client::{Client, ClientError, Vm};
 use tokio::sync::mpsc;
 
 use crate::complaint::Complaint;
-use crate::session::{INTERRUPTED, Interrupts};
+use crate::session::{INTERRUPTED, Interrupts, READER_GONE};
 use notes::{Counted, Notes};
 use place::Place;
 
@@ -60,6 +61,8 @@ struct Job<'c> {
     sparse: bool,
     all_links: bool,
     notes: Notes,
+    /// Nobody reads our standard output any more.
+    reader_gone: Cell<bool>,
     /// Held by the threads that have something to put away when we leave.
     busy: mpsc::Sender<()>,
 }
@@ -91,18 +94,20 @@ pub(crate) async fn run(client: &Client, copy: Copy) -> Result<u8, Complaint> {
         sparse: copy.sparse,
         all_links: copy.all_links,
         notes: Notes::new(copy.quiet),
+        reader_gone: Cell::new(false),
         busy,
     };
     let result = tokio::select! {
         result = job.all(sources, destination) => result,
         () = interrupts.next() => Ok(INTERRUPTED),
     };
-    let left_out = job.notes.left_out();
+    let (left_out, reader_gone) = (job.notes.left_out(), job.reader_gone.get());
     job.notes.clear();
     drop(job);
     // Only an interrupted copy has any left.
     let _ = tokio::time::timeout(PUTTING_AWAY, idle.recv()).await;
     match result {
+        Ok(0) if reader_gone => Ok(READER_GONE),
         Ok(0) if left_out > 0 => Ok(1),
         result => result,
     }

@@ -52,7 +52,7 @@ pub(super) async fn send(
         bar.finish();
         return written.map(drop).map_err(|error| wrong(what, &error));
     }
-    write = write.permissions(about.mode() & 0o7777).size(about.len());
+    write = write.permissions(about.mode() & 0o7777);
     if about.len() >= WORTH_RESUMING {
         write = write.upload_id(upload_id(vm, from, to, &about));
     }
