@@ -8,7 +8,8 @@ use std::time::Duration;
 use protocol::hello::Limits;
 use protocol::id::{IdempotencyKey, VmId};
 use protocol::vm::{
-    CreateVm, DeleteVm, Deleted, GetVm, ListVms, StartVm, StopVm, VmInfo, VmPage, VmRef,
+    Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, ReadConsole, StartVm, StopVm, VmInfo,
+    VmPage, VmRef,
 };
 use protocol::{ErrorCode, Fault, Message, Retry};
 
@@ -127,6 +128,13 @@ impl Client {
     /// Starts a VM and waits until it is ready.
     pub async fn start(&self, vm: VmRef) -> Result<VmInfo, ClientError> {
         self.request(&StartVm { vm }).await
+    }
+
+    /// The end of what a VM's kernel and agent said on its console, at most
+    /// [`MAX_CONSOLE`](protocol::vm::MAX_CONSOLE) bytes. They are the guest's and may be anything.
+    pub async fn console(&self, vm: VmRef) -> Result<Vec<u8>, ClientError> {
+        let console: Console = self.request(&ReadConsole { vm }).await?;
+        Ok(console.bytes)
     }
 
     /// Deletes a VM and waits until nothing of it is left.

@@ -41,6 +41,8 @@ impl Kind {
     /// [`OpenVm`](crate::vm::OpenVm), answered by [`Kind::OPENED`]; after that the stream is the
     /// agent's.
     pub const OPEN_VM: Self = Self(0x0106);
+    /// [`ReadConsole`](crate::vm::ReadConsole), answered by [`Kind::CONSOLE`].
+    pub const READ_CONSOLE: Self = Self(0x0107);
     /// [`VmInfo`](crate::vm::VmInfo).
     pub const VM: Self = Self(0x0110);
     /// [`VmPage`](crate::vm::VmPage).
@@ -49,6 +51,8 @@ impl Kind {
     pub const DELETED: Self = Self(0x0112);
     /// [`Opened`](crate::vm::Opened).
     pub const OPENED: Self = Self(0x0113);
+    /// [`Console`](crate::vm::Console).
+    pub const CONSOLE: Self = Self(0x0114);
 
     /// [`Configure`](crate::agent::Configure), control to agent.
     pub const CONFIGURE: Self = Self(0x0180);

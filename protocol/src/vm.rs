@@ -152,6 +152,23 @@ pub struct Opened {
     pub generation: u64,
 }
 
+/// The most of a VM's console that an answer holds, in bytes.
+pub const MAX_CONSOLE: usize = 48 << 10;
+
+/// Asks for the end of what a VM's kernel and agent have said on its console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadConsole {
+    /// Which VM.
+    pub vm: VmRef,
+}
+
+/// Answer to [`ReadConsole`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Console {
+    /// The last bytes, at most [`MAX_CONSOLE`]: a guest's, so they may be anything.
+    pub bytes: Vec<u8>,
+}
+
 wire_enum! {
     /// What a VM is doing.
     VmState: u8 {
@@ -246,10 +263,12 @@ messages! {
     START_VM => StartVm,
     DELETE_VM => DeleteVm,
     OPEN_VM => OpenVm,
+    READ_CONSOLE => ReadConsole,
     VM => VmInfo,
     VM_PAGE => VmPage,
     DELETED => Deleted,
     OPENED => Opened,
+    CONSOLE => Console,
 }
 
 #[cfg(test)]
@@ -305,6 +324,7 @@ mod tests {
         golden(&StartVm { vm: name() }, b"\x04\0\0\0\x04\x01\0\x03web");
         golden(&DeleteVm { vm: name() }, b"\x04\0\0\0\x05\x01\0\x03web");
         golden(&OpenVm { vm: name() }, b"\x04\0\0\0\x06\x01\0\x03web");
+        golden(&ReadConsole { vm: name() }, b"\x04\0\0\0\x07\x01\0\x03web");
     }
 
     #[test]
@@ -347,6 +367,10 @@ mod tests {
             generation: 300,
         };
         golden(&opened, b"\x0e\0\0\0\x13\x01\0\x0bvm-1234abcd\xac\x02");
+        let console = Console {
+            bytes: b"ok".to_vec(),
+        };
+        golden(&console, b"\x03\0\0\0\x14\x01\0\x02ok");
     }
 
     #[test]

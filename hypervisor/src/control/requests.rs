@@ -12,7 +12,8 @@ use protocol::host::proxy::ApiRequest;
 use protocol::id::Owner;
 use protocol::message::{decode_body, encode_body};
 use protocol::vm::{
-    CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_REQUEST, OpenVm, Opened, StartVm, StopVm,
+    Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_CONSOLE, MAX_REQUEST, OpenVm, Opened,
+    ReadConsole, StartVm, StopVm,
 };
 use protocol::{ErrorBody, ErrorCode, Kind, Message};
 use proxy::Quiet;
@@ -136,6 +137,14 @@ impl Requests {
                 let handle = self.registry.find(owner, &vm)?;
                 handle.ask(Command::Delete).await?;
                 Answer::of(&Deleted { id: handle.id })
+            }
+            Kind::READ_CONSOLE => {
+                let ReadConsole { vm } = decode_body(body)?;
+                let id = self.registry.find(owner, &vm)?.id;
+                let limit = u64::try_from(MAX_CONSOLE).unwrap_or(u64::MAX);
+                let read = move |host: &Host| Ok(host.store.console_tail(&id, limit));
+                let bytes = self.host.blocking(read).await?;
+                Answer::of(&Console { bytes })
             }
             Kind::OPEN_VM => self.open(owner, &decode_body(body)?).await,
             kind => Err(ErrorBody::caller(

@@ -65,7 +65,7 @@ pub(crate) enum Task {
     Shell(Shell),
     /// List the processes that were started through the appliance
     Ps(Ps),
-    /// Print what a process has written
+    /// Print what a process has written, or the end of the VM's console
     Logs(Logs),
     /// Join a process: its output, our input; Ctrl-] leaves it at a terminal
     Attach(Attach),
@@ -194,10 +194,10 @@ pub(crate) struct Ps {
 pub(crate) struct Logs {
     /// The VM's id or name
     pub(crate) vm: VmRef,
-    /// The process's id or its beginning
-    pub(crate) process: ProcessPrefix,
+    /// The process's id or its beginning; without it the VM's console is printed
+    pub(crate) process: Option<ProcessPrefix>,
     /// Go on until the process ends
-    #[arg(short, long)]
+    #[arg(short, long, requires = "process")]
     pub(crate) follow: bool,
     /// Only the last lines
     #[arg(short = 'n', long, value_name = "LINES")]

@@ -27,7 +27,10 @@ pub(crate) async fn ps(client: &Client, ps: Ps) -> Result<u8, Complaint> {
 }
 
 pub(crate) async fn logs(client: &Client, logs: Logs) -> Result<u8, Complaint> {
-    let process = find(client, &logs.vm, &logs.process).await?;
+    let Some(process) = &logs.process else {
+        return console(client, &logs).await;
+    };
+    let process = find(client, &logs.vm, process).await?;
     let from = logs.tail.map_or(ReadFrom::Oldest, ReadFrom::LastLines);
     let begun = if logs.follow {
         process.follow(from).await
@@ -38,6 +41,23 @@ pub(crate) async fn logs(client: &Client, logs: Logs) -> Result<u8, Complaint> {
         Ok(reader) => follow_only(client, &logs.vm, Source::Attached(Box::new(reader))).await,
         Err(error) => Err(explain(client, &logs.vm, &error).await),
     }
+}
+
+/// What the kernel and the agent of a VM said last.
+async fn console(client: &Client, logs: &Logs) -> Result<u8, Complaint> {
+    let console = client.console(logs.vm.clone()).await;
+    let bytes = match console {
+        Ok(bytes) => bytes,
+        Err(error) => return Err(explain(client, &logs.vm, &error).await),
+    };
+    let text = harmless(&String::from_utf8_lossy(&bytes).replace("\r\n", "\n"));
+    let lines: Vec<&str> = text.lines().collect();
+    let most = logs.tail.map_or(usize::MAX, |lines| {
+        usize::try_from(lines).unwrap_or(usize::MAX)
+    });
+    let first = lines.len().saturating_sub(most);
+    let shown = lines.into_iter().skip(first);
+    crate::print(&shown.map(|line| format!("{line}\n")).collect::<String>())
 }
 
 pub(crate) async fn attach(client: &Client, attach: Attach) -> Result<u8, Complaint> {

@@ -252,8 +252,8 @@ impl Store {
         Ok(next)
     }
 
-    /// The last `limit` bytes of a VM's console as text.
-    pub(crate) fn console_tail(&self, id: &VmId, limit: u64) -> String {
+    /// The last `limit` bytes of a VM's console.
+    pub(crate) fn console_tail(&self, id: &VmId, limit: u64) -> Vec<u8> {
         use std::io::{Read, Seek, SeekFrom};
         let read = || -> io::Result<Vec<u8>> {
             let mut file = File::open(self.console(id))?;
@@ -264,7 +264,6 @@ impl Store {
             Ok(bytes)
         };
         // A guest that never wrote has no console; that is no error of its own.
-        let bytes = read().unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
+        read().unwrap_or_default()
     }
 }

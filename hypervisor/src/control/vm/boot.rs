@@ -107,9 +107,8 @@ impl BootError {
 /// The end of a VM's console.
 pub(crate) async fn console_tail(host: &Arc<Host>, record: &VmRecord) -> String {
     let id = record.id.clone();
-    host.blocking(move |host| Ok(host.store.console_tail(&id, TAIL)))
-        .await
-        .unwrap_or_default()
+    let tail = host.blocking(move |host| Ok(host.store.console_tail(&id, TAIL)));
+    String::from_utf8_lossy(&tail.await.unwrap_or_default()).into_owned()
 }
 
 /// What a monitor is handed, opened by us.
