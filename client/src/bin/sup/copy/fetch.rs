@@ -1,18 +1,12 @@
 //! From a VM to here: a file, gone on from where an earlier copy of the same file broke, or a tree.
-//! What has arrived waits under a hidden name beside its place, and gets its own when it is whole.
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use client::file::{Download, FileRead, Piece, TreeRead};
-use client::protocol::file::{FileInfo, FileType};
+use client::protocol::file::FileType;
 use client::{ClientError, Vm};
-use data_encoding::HEXLOWER;
-use nix::fcntl::{Flock, FlockArg, OFlag};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
@@ -20,6 +14,7 @@ use tokio_util::io::SyncIoBridge;
 use super::archive::ArchiveError;
 use super::patience::{Patience, again};
 use super::unpack::{Options, UnpackError, unpack};
+use super::waiting::Waiting;
 use super::{Job, show};
 use crate::complaint::Complaint;
 
@@ -246,153 +241,6 @@ impl Writer {
             }
         }
         Ok(self.file)
-    }
-}
-
-/// Why what arrives cannot be put anywhere.
-#[derive(Debug, thiserror::Error)]
-enum PlaceError {
-    #[error("cannot write {}: {cause}", path.display())]
-    Open { path: PathBuf, cause: io::Error },
-    #[error("{} is in the way, and somebody else's; remove it", path.display())]
-    Foreign { path: PathBuf },
-    #[error("another sup is copying it to {}", path.display())]
-    Busy { path: PathBuf },
-}
-
-impl PlaceError {
-    fn complain(&self, what: &str) -> Complaint {
-        Complaint::new(what, self.to_string())
-    }
-}
-
-/// A file that is not whole yet, locked against others who copy the same.
-struct Waiting {
-    path: PathBuf,
-    to: PathBuf,
-    _lock: Flock<File>,
-}
-
-impl Waiting {
-    /// Where to write, and the name that is waited under; no such name for devices and pipes, which
-    /// are written to as they are.
-    fn open(
-        vm: &Vm,
-        from: &[u8],
-        to: &Path,
-        info: &FileInfo,
-    ) -> Result<(Option<Self>, File), PlaceError> {
-        let wrong = |path: &Path, cause| PlaceError::Open {
-            path: path.to_owned(),
-            cause,
-        };
-        // A link of the user's own is followed.
-        let to = std::fs::canonicalize(to).unwrap_or_else(|_| to.to_owned());
-        if let Ok(about) = std::fs::metadata(&to) {
-            let kind = about.file_type();
-            if kind.is_char_device() || kind.is_block_device() || kind.is_fifo() {
-                let file = OpenOptions::new().write(true).open(&to);
-                return Ok((None, file.map_err(|cause| wrong(&to, cause))?));
-            }
-        }
-        let (ours, others) = names(vm, from, &to, info);
-        let directory = match to.parent() {
-            Some(directory) if !directory.as_os_str().is_empty() => directory.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        let path = directory.join(&ours);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-            .open(&path)
-            .map_err(|cause| wrong(&to, cause))?;
-        let about = file.metadata().map_err(|cause| wrong(&to, cause))?;
-        // In a directory of everybody's somebody else may have guessed the name.
-        if about.uid() != nix::unistd::geteuid().as_raw() || !about.is_file() || about.nlink() != 1
-        {
-            return Err(PlaceError::Foreign { path });
-        }
-        let lock = file.try_clone().map_err(|cause| wrong(&to, cause))?;
-        let lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err(_) => return Err(PlaceError::Busy { path: to }),
-        };
-        remove_stale(&directory, &ours, &others);
-        let waiting = Self {
-            path,
-            to,
-            _lock: lock,
-        };
-        Ok((Some(waiting), file))
-    }
-
-    fn finish(self, file: &File, mode: u32) -> io::Result<()> {
-        file.set_permissions(Permissions::from_mode(mode))?;
-        std::fs::rename(&self.path, &self.to)
-    }
-
-    fn forget(self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// The hidden name of what is to be at `to` and is this very file of the VM, and the beginning of
-/// the names of other ones. After this machine was restarted there is another name: what had been
-/// written may not be there any more, whatever its length says.
-fn names(vm: &Vm, from: &[u8], to: &Path, info: &FileInfo) -> (OsString, OsString) {
-    let hash = |parts: &[&[u8]], length: usize| {
-        let mut hasher = blake3::Hasher::new();
-        for part in parts {
-            hasher.update(&u64::try_from(part.len()).unwrap_or(0).to_le_bytes());
-            hasher.update(part);
-        }
-        let bytes = *hasher.finalize().as_bytes();
-        HEXLOWER.encode(bytes.get(..length).unwrap_or_default())
-    };
-    let name = to.file_name().unwrap_or_default();
-    let others = format!(".sup-{}-", hash(&[name.as_bytes()], 4));
-    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let source = hash(
-        &[
-            vm.reference().to_string().as_bytes(),
-            from,
-            &info.inode.to_le_bytes(),
-            &info.size.to_le_bytes(),
-            &info.mtime_s.to_le_bytes(),
-            &info.mtime_ns.to_le_bytes(),
-            &boot,
-        ],
-        8,
-    );
-    (format!("{others}{source}").into(), others.into())
-}
-
-/// What was to have the same name and never will: of a file that has changed since.
-fn remove_stale(directory: &Path, ours: &OsString, others: &OsString) {
-    let Ok(entries) = std::fs::read_dir(directory) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if name == *ours || !name.as_bytes().starts_with(others.as_bytes()) {
-            continue;
-        }
-        let path = entry.path();
-        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-        let file = OpenOptions::new()
-            .write(true)
-            .custom_flags(flags.bits())
-            .open(&path);
-        // One that is locked is being written.
-        if let Ok(file) = file
-            && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
-        {
-            let _ = std::fs::remove_file(&path);
-        }
     }
 }
 

@@ -11,6 +11,7 @@ mod patience;
 mod place;
 mod send;
 mod unpack;
+mod waiting;
 
 use std::cell::Cell;
 use std::ffi::OsStr;
