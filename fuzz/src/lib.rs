@@ -9,7 +9,7 @@ pub mod driver;
 mod agent;
 #[path = "../../guest-init/src/boot/mod.rs"]
 mod boot;
-#[path = "../../guest-init/src/cgroup.rs"]
+#[path = "../../guest-init/src/cgroup/mod.rs"]
 mod cgroup;
 #[path = "../../guest-init/src/log.rs"]
 mod log;

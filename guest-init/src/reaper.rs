@@ -141,16 +141,18 @@ impl Reaper {
         }
     }
 
-    /// Sends a signal to the process group that `child` leads, unless the child has been collected:
-    /// then its number may belong to somebody else. Says whether it was sent.
+    /// Sends a signal to the process group that `child` leads, or to `child` alone while it has not
+    /// come to make one, unless the child has been collected: then its number may belong to somebody
+    /// else. Says whether it was sent.
     pub(crate) fn signal_group(&self, child: &Child, signal: u8) -> bool {
         let state = lock(&self.state);
         let alive = state
             .entries
             .get(&child.pid)
             .is_some_and(|entry| std::ptr::eq(&*entry.child, child));
-        // SAFETY: kill takes plain numbers; the lock keeps the group's number from being reused.
-        alive && unsafe { libc::kill(child.pid.saturating_neg(), i32::from(signal)) } == 0
+        // SAFETY: kill takes plain numbers; the lock keeps this one from being reused.
+        let send = |to| unsafe { libc::kill(to, i32::from(signal)) } == 0;
+        alive && (send(child.pid.saturating_neg()) || send(child.pid))
     }
 
     /// Sends a signal to the groups of all processes that the agent started.

@@ -319,6 +319,45 @@ fn whoever_has_heard_of_the_end_can_forget_the_process_at_once() {
 }
 
 #[test]
+fn a_secret_in_the_environment_is_neither_listed_nor_logged() {
+    let mut agent = Agent::start();
+    let secret = b"cf2a90-not-for-others";
+    let with_secret = |request: StartProcess| StartProcess {
+        env: vec![(b"TOKEN".to_vec(), Some(secret.to_vec()))],
+        ..request
+    };
+    let has = |text: &[u8]| text.windows(secret.len()).any(|part| part == secret);
+    let id = agent.start_log(&with_secret(shell("echo ${#TOKEN}; exec sleep 600")));
+    agent.run(&with_secret(argv(&["no-such-program"])));
+    eventually("it has said so", || agent.look(id).unwrap().bytes > 0);
+    let said = agent.replay(id, AttachFrom::Oldest, 0, false).merged;
+    assert_eq!(said, format!("{}\n", secret.len()).into_bytes());
+    let pid = agent.look(id).unwrap().pid;
+    assert!(!has(&std::fs::read(format!("/proc/{pid}/cmdline")).unwrap()));
+    let listed = |agent: &Agent| {
+        let mut client = agent.connect();
+        client.send(&ListProcesses { after: 0 });
+        client.frame().unwrap().body
+    };
+    assert!(!has(&listed(&agent)));
+    agent.kill(id, Some(0)).unwrap();
+    // A stop writes everything.
+    let own = i32::try_from(agent.child.id()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(own), nix::sys::signal::SIGTERM).unwrap();
+    agent.child.wait().unwrap();
+    assert!(!has(agent.log().as_bytes()), "{}", agent.log());
+    let logs = agent.directory.path().join("logs");
+    let mut files = 0;
+    for file in std::fs::read_dir(logs).unwrap() {
+        files += 1;
+        assert!(!has(&std::fs::read(file.unwrap().path()).unwrap()));
+    }
+    assert_eq!(files, 2);
+    agent.restart();
+    assert!(!has(&listed(&agent)));
+}
+
+#[test]
 fn an_unknown_id_is_a_named_error_for_every_request() {
     let agent = Agent::start();
     let id = UNKNOWN;

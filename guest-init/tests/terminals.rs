@@ -107,6 +107,42 @@ fn job_control_stops_and_continues() {
 }
 
 #[test]
+fn the_end_of_input_is_one_in_the_middle_of_a_line_too() {
+    let agent = Agent::start();
+    for (typed, shown) in [
+        (&b"half a line"[..], "half a line"),
+        (b"whole\n", "whole\r\n"),
+        (b"given up\x15", "given up"),
+    ] {
+        let request = on_terminal(shell("cat > first; echo between; cat; echo after"));
+        let mut first = agent.connect();
+        first.send(&request);
+        first.started();
+        first.send_raw(Kind::STDIN, typed);
+        until(&mut first, shown);
+        first.send_raw(Kind::STDIN_END, b"");
+        until(&mut first, "between\r\n");
+        // What would be one end too many would be the second cat's.
+        let mut second = agent.connect();
+        second.send(&AttachProcess {
+            id: request.id,
+            from: AttachFrom::Now,
+            value: 0,
+            follow: true,
+        });
+        assert_eq!(second.frame().unwrap().kind, Kind::PROCESS_ATTACHED);
+        second.send_raw(Kind::STDIN, b"more\n");
+        until(&mut second, "more\r\nmore\r\n");
+        second.send_raw(Kind::STDIN_END, b"");
+        until(&mut second, "after\r\n");
+        assert_eq!(first.output().ended.exit_code, 0);
+        let kept = std::fs::read(agent.workspace().join("first")).unwrap();
+        let expected = if shown == "given up" { b"" } else { typed };
+        assert_eq!(kept, expected);
+    }
+}
+
+#[test]
 fn a_resize_reaches_the_foreground() {
     let agent = Agent::start();
     let line = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.05; done";

@@ -3,11 +3,14 @@
 //! take now waits with the stream that brought it, up to a bound, and holds up nobody else.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
 use super::life::Process;
+use super::piece::as_u64;
+use super::terminal;
 use crate::agent::lock;
 use crate::agent::poll::Interest;
 
@@ -16,22 +19,55 @@ pub(crate) const MAX_INPUT: usize = 256 << 10;
 /// What ends the input of a terminal: Ctrl-D.
 const END_KEY: u8 = 4;
 
+/// Keys that a terminal takes for the end of a line, or for its being given up: line feed, carriage
+/// return, the end itself, Ctrl-C, Ctrl-\\, Ctrl-Z and Ctrl-U.
+const LINE_IS_OVER: [u8; 7] = [b'\n', b'\r', END_KEY, 3, 0x1c, 0x1a, 0x15];
+
 /// The agent's end of a process's input.
 #[derive(Default)]
-pub(crate) struct Stdin(Mutex<Option<Arc<OwnedFd>>>);
+pub(crate) struct Stdin {
+    pipe: Mutex<Option<Arc<OwnedFd>>>,
+    /// The last byte that was written, by anybody, leaves a terminal's line unfinished.
+    is_mid_line: AtomicBool,
+}
 
 impl Stdin {
     pub(crate) fn open(&self, pipe: OwnedFd) {
-        *lock(&self.0) = Some(Arc::new(pipe));
+        *lock(&self.pipe) = Some(Arc::new(pipe));
     }
 
     /// The descriptor while it is open. It closes when the last one who has it lets go.
     pub(crate) fn descriptor(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.0).clone()
+        lock(&self.pipe).clone()
     }
 
     pub(crate) fn close(&self) {
-        *lock(&self.0) = None;
+        *lock(&self.pipe) = None;
+    }
+
+    fn note(&self, written: &[u8]) {
+        if let Some(last) = written.last() {
+            let is_over = LINE_IS_OVER.contains(last);
+            self.is_mid_line.store(!is_over, Ordering::Release);
+        }
+    }
+
+    /// What has to be typed for the input of this terminal to end. In the middle of a line the first
+    /// end key only hands over what there is of it; a program that takes single keys gets one key.
+    fn end_keys(&self, terminal: &OwnedFd) -> Vec<u8> {
+        let Some(settings) = terminal::settings(terminal.as_fd()) else {
+            return vec![END_KEY];
+        };
+        let key = match settings.c_cc.get(libc::VEOF) {
+            None | Some(0) => END_KEY,
+            Some(key) => *key,
+        };
+        let takes_lines = settings.c_lflag & libc::ICANON != 0;
+        if takes_lines && self.is_mid_line.load(Ordering::Acquire) {
+            vec![key, key]
+        } else {
+            vec![key]
+        }
     }
 }
 
@@ -42,7 +78,9 @@ pub(crate) struct Typing {
     written: usize,
     /// The client has closed the input; done once everything before it is written.
     ended: bool,
-    /// How many bytes the process has taken.
+    /// The keys for that are typed, or wait.
+    end_typed: bool,
+    /// How many bytes of the client's the process has taken.
     pub(crate) taken: u64,
 }
 
@@ -58,13 +96,8 @@ impl Typing {
         }
     }
 
-    pub(crate) fn end(&mut self, process: &Process) {
-        if !self.ended {
-            self.ended = true;
-            if process.about.terminal {
-                self.waiting.push(END_KEY);
-            }
-        }
+    pub(crate) fn end(&mut self) {
+        self.ended = true;
     }
 
     /// The process's input while something waits for it. Nobody else may keep it over a wait: an
@@ -93,12 +126,23 @@ impl Typing {
             return false;
         };
         let mut is_there = true;
-        while self.waiting() > 0 {
+        loop {
+            if self.waiting() == 0 {
+                if !self.ended || self.end_typed || !process.about.terminal {
+                    break;
+                }
+                self.end_typed = true;
+                self.written = 0;
+                self.waiting = process.stdin.end_keys(&pipe);
+            }
             let rest = self.waiting.get(self.written..).unwrap_or_default();
             match nix::unistd::write(&pipe, rest) {
                 Ok(count) => {
+                    process.stdin.note(rest.get(..count).unwrap_or_default());
                     self.written = self.written.saturating_add(count);
-                    self.taken = self.taken.saturating_add(u64::try_from(count).unwrap_or(0));
+                    if !self.end_typed {
+                        self.taken = self.taken.saturating_add(as_u64(count));
+                    }
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {

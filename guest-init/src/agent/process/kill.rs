@@ -24,8 +24,6 @@ const GRACE: Duration = Duration::from_secs(5);
 const MAX_GRACE: Duration = Duration::from_secs(600);
 /// How long a killed process may take to go; one that takes longer waits for hardware.
 const AFTER_KILL: Duration = Duration::from_secs(10);
-/// How long a process takes to be made, at most.
-const STARTING: Duration = Duration::from_secs(1);
 const SIGKILL: u8 = 9;
 
 pub(super) fn kill(
@@ -65,11 +63,12 @@ struct Killing<'a> {
 impl<'a> Killing<'a> {
     fn of(agent: &'a Agent, process: &'a Process) -> Result<Self, StreamError> {
         let watcher = watch(process)?;
-        // Before that there is nobody to be ended. One that hangs afterwards can be.
-        let deadline = after(STARTING);
+        // Before there is a child there is nobody to be ended; one that hangs on its way can be.
+        let deadline = after(AFTER_KILL);
         loop {
             watcher.arm();
-            if !process.is_starting() || deadline.is_none_or(|at| Instant::now() >= at) {
+            let is_unborn = process.is_starting() && process.body().is_none();
+            if !is_unborn || deadline.is_none_or(|at| Instant::now() >= at) {
                 break;
             }
             let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];

@@ -150,6 +150,7 @@ impl Process {
     pub(crate) fn embody(&self, body: Body) -> Arc<Body> {
         let body = Arc::new(body);
         *lock(&self.body) = Some(Arc::clone(&body));
+        lock(&self.output).notify();
         body
     }
 

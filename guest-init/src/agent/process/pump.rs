@@ -40,7 +40,6 @@ pub(crate) struct Pump {
     body: Arc<Body>,
     stdout: Pipe,
     stderr: Pipe,
-    scratch: Vec<u8>,
     turn: Turn,
     /// The pipes were asked for, because there is room.
     listening: bool,
@@ -125,7 +124,6 @@ impl Pump {
             body,
             stdout: pipe(Some(stdout)),
             stderr: pipe(stderr),
-            scratch: take_buffer(),
             turn: Turn::default(),
             listening: true,
             stalled: None,
@@ -273,10 +271,15 @@ impl Pump {
             return None;
         }
         let most = usize::try_from(room).unwrap_or(MAX_DATA).min(MAX_DATA);
-        let data = self.scratch.get_mut(..most).unwrap_or_default();
+        // Only for the read: most processes say nothing most of the time, and many may run.
+        let mut scratch = take_buffer();
+        let data = scratch.get_mut(..most).unwrap_or_default();
         let count = pipe.read(data);
         if count > 0 {
-            lock(&self.process.output).append(source, &mut self.scratch, count);
+            lock(&self.process.output).append(source, &mut scratch, count);
+        }
+        give_buffer(scratch);
+        if count > 0 {
             self.agent.registry.logs.note(&self.process);
         }
         Some(count > 0)
@@ -393,7 +396,6 @@ impl Drop for Pump {
         if !self.concluded {
             self.conclude();
         }
-        give_buffer(std::mem::take(&mut self.scratch));
     }
 }
 

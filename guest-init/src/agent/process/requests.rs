@@ -190,7 +190,7 @@ pub(super) fn write_stdin(
                 Kind::STDIN => {}
                 Kind::STDIN_END => {
                     is_last = true;
-                    typing.end(process);
+                    typing.end();
                 }
                 kind => stream.queue::<ErrorBody>(&unsupported(kind))?,
             }

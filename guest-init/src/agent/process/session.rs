@@ -123,7 +123,7 @@ impl Client {
                 Err(StreamError::Ended) if self.stream.is_heard() => {
                     self.ended = true;
                     if self.end_closes_input {
-                        self.typing.end(&self.process);
+                        self.typing.end();
                     }
                 }
                 Err(error) => return Err(error),
@@ -164,7 +164,7 @@ impl Client {
     fn take(&mut self, frame: Frame) -> Result<(), StreamError> {
         match frame.kind {
             Kind::STDIN => self.typing.add(&frame.body),
-            Kind::STDIN_END => self.typing.end(&self.process),
+            Kind::STDIN_END => self.typing.end(),
             Kind::SIGNAL_PROCESS => {
                 let SignalProcess { signal } = decode_body(&frame.body)?;
                 match check_signal(signal) {

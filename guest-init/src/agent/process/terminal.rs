@@ -57,6 +57,15 @@ impl Terminals {
     }
 }
 
+/// How it takes its input, if it says so.
+pub(crate) fn settings(master: BorrowedFd<'_>) -> Option<libc::termios> {
+    // SAFETY: all zeroes is a valid value of this plain structure of numbers.
+    let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one structure that lives across it.
+    let asked = unsafe { libc::tcgetattr(master.as_raw_fd(), &raw mut settings) };
+    (asked == 0).then_some(settings)
+}
+
 /// Sets the size; whoever runs in the foreground is told by the kernel.
 pub(crate) fn resize(master: BorrowedFd<'_>, size: TerminalSize) -> Result<(), Errno> {
     let size = libc::winsize {
