@@ -9,12 +9,12 @@ use std::task::{Context, Poll, ready};
 
 use protocol::vm::Opened;
 use protocol::{ErrorBody, Frame, Kind, Message};
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{ReadHalf, WriteHalf};
 use tokio_util::compat::Compat;
 
 use crate::connection::Place;
 use crate::error::ClientError;
-use crate::frames::{self, Frames};
+use crate::frames::{self, FrameWriter, Frames};
 
 pub(crate) type Io = Compat<yamux::Stream>;
 
@@ -38,6 +38,7 @@ impl AgentStream {
             place: Arc::clone(&place),
             why: None,
         };
+        let write = FrameWriter::new(write);
         (replies, Requests { write, place })
     }
 }
@@ -101,24 +102,25 @@ impl Replies {
 /// What is said to an agent.
 #[derive(Debug)]
 pub(crate) struct Requests {
-    write: WriteHalf<Io>,
+    write: FrameWriter<WriteHalf<Io>>,
     place: Arc<Place>,
 }
 
 impl Requests {
     pub(crate) async fn send<M: Message>(&mut self, message: &M) -> Result<(), ClientError> {
         let bytes = frames::encode(message)?;
-        self.send_bytes(&bytes).await
+        self.send_bytes(bytes).await
     }
 
     pub(crate) async fn send_raw(&mut self, kind: Kind, body: &[u8]) -> Result<(), ClientError> {
         let bytes = frames::framed(kind, body)?;
-        self.send_bytes(&bytes).await
+        self.send_bytes(bytes).await
     }
 
-    /// Whole frames.
-    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
-        match frames::write_bytes(&mut self.write, bytes).await {
+    /// Whole frames. Dropping the call leaves the stream in order: they are sent to their end
+    /// before the next ones, or not at all.
+    pub(crate) async fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<(), ClientError> {
+        match self.write.write(bytes).await {
             Ok(()) => Ok(()),
             Err(_) => Err(self.place.why(ClientError::AgentGone).await),
         }
@@ -126,14 +128,14 @@ impl Requests {
 
     /// Nothing more will be said.
     pub(crate) async fn end(&mut self) -> Result<(), ClientError> {
-        match self.write.shutdown().await {
+        match self.write.end().await {
             Ok(()) => Ok(()),
             Err(_) => Err(self.place.why(ClientError::AgentGone).await),
         }
     }
 
     pub(crate) fn into_raw(self) -> (WriteHalf<Io>, Arc<Place>) {
-        (self.write, self.place)
+        (self.write.into_inner(), self.place)
     }
 }
 

@@ -202,7 +202,8 @@ impl Input {
         Self(Arc::new(Mutex::new(requests)))
     }
 
-    /// Writes bytes to the standard input, waiting while the command does not read.
+    /// Writes bytes to the standard input, waiting while the command does not read. A call that is
+    /// dropped has sent some first part of them, and what is written next comes behind that part.
     pub async fn write(&self, bytes: &[u8]) -> Result<(), ClientError> {
         for chunk in bytes.chunks(MAX_DATA) {
             self.0.lock().await.send_raw(Kind::STDIN, chunk).await?;

@@ -1,6 +1,7 @@
 //! Frames off a stream and onto it. At most one frame and one read's bytes are held.
 
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -82,6 +83,60 @@ impl<R: AsyncRead + Unpin> Frames<R> {
     }
 }
 
+/// Writes frames, each of them whole: what a call that is given up half-way leaves of a frame goes out
+/// before the next one. At most one frame is held.
+#[derive(Debug)]
+pub(crate) struct FrameWriter<W> {
+    inner: W,
+    /// A frame that has begun, and how much of it has gone out.
+    begun: Vec<u8>,
+    sent: usize,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    pub(crate) fn new(inner: W) -> Self {
+        Self {
+            inner,
+            begun: Vec::new(),
+            sent: 0,
+        }
+    }
+
+    /// Writes whole frames at once. A call that is dropped has written all of them or none, as seen
+    /// by the next call.
+    pub(crate) async fn write(&mut self, bytes: Vec<u8>) -> io::Result<()> {
+        self.write_rest().await?;
+        let first = poll_fn(|cx| Pin::new(&mut self.inner).poll_write(cx, &bytes));
+        self.sent = first.await?;
+        self.begun = bytes;
+        self.write_rest().await?;
+        self.inner.flush().await
+    }
+
+    /// Writes what is left of the last frame, and ends the stream.
+    pub(crate) async fn end(&mut self) -> io::Result<()> {
+        self.write_rest().await?;
+        self.inner.shutdown().await
+    }
+
+    pub(crate) fn into_inner(self) -> W {
+        self.inner
+    }
+
+    async fn write_rest(&mut self) -> io::Result<()> {
+        while let Some(rest) = self.begun.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            let count = poll_fn(|cx| Pin::new(&mut self.inner).poll_write(cx, rest)).await?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.sent = self.sent.saturating_add(count);
+        }
+        self.begun = Vec::new();
+        self.sent = 0;
+        Ok(())
+    }
+}
+
 /// Writes one message.
 pub(crate) async fn write<M: Message, W: AsyncWrite + Unpin>(
     writer: &mut W,
@@ -101,7 +156,7 @@ pub(crate) async fn write_bytes<W: AsyncWrite + Unpin>(
     };
     written
         .await
-        .map_err(|error: std::io::Error| ClientError::lost(error))
+        .map_err(|error: io::Error| ClientError::lost(error))
 }
 
 /// A message as a frame.
@@ -117,4 +172,35 @@ pub(crate) fn framed(kind: Kind, body: &[u8]) -> Result<Vec<u8>, ClientError> {
         ClientError::Unsendable(format!("{} bytes; at most {MAX_BODY} fit", body.len()))
     })?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_frame_that_was_given_up_half_way_is_ended_before_the_next_one() {
+        let (near, far) = tokio::io::duplex(100);
+        let mut writer = FrameWriter::new(near);
+        let long = framed(Kind::STDIN, &[1; 1000]).unwrap();
+        for _ in 0..3 {
+            // The first begins, and the others wait behind it and never do.
+            assert!(writer.write(long.clone()).now_or_never().is_none());
+        }
+        let mut frames = Frames::new(far);
+        let reading = tokio::spawn(async move {
+            let first = frames.next().await.unwrap().unwrap();
+            let second = frames.next().await.unwrap().unwrap();
+            assert!(frames.next().await.unwrap().is_none());
+            (first, second)
+        });
+        let next = framed(Kind::STDIN_END, &[]).unwrap();
+        writer.write(next).await.unwrap();
+        writer.end().await.unwrap();
+        let (first, second) = reading.await.unwrap();
+        assert_eq!(first.body, [1; 1000]);
+        assert_eq!(second.kind, Kind::STDIN_END);
+    }
 }

@@ -22,6 +22,9 @@ use crate::vm::{Repeat, Vm};
 
 /// The most processes that [`Vm::processes`] takes; an agent looks after fewer.
 const MOST_PROCESSES: usize = 100_000;
+/// The most of our memory that a list of them may take, and one of them.
+const MOST_LISTED: usize = 64 << 20;
+const MOST_OF_ONE: usize = 64 << 10;
 
 impl Vm {
     /// Starts a command that nobody has to follow: it is never held back, and its output is kept,
@@ -59,15 +62,14 @@ impl Vm {
     /// What runs and what ended lately, in the order of the starts.
     pub async fn processes(&self) -> Result<Vec<ProcessInfo>, ClientError> {
         let mut all: Vec<ProcessInfo> = Vec::new();
+        let mut held: usize = 0;
         loop {
             let after = all.last().map_or(0, |last| last.number);
             let page: ProcessPage = self.ask(&ListProcesses { after }, Repeat::Safe).await?;
-            let numbers = std::iter::once(after).chain(page.processes.iter().map(|p| p.number));
-            let ordered = numbers.is_sorted_by(|one, next| one < next);
-            // An agent that turns in circles would keep us here for ever.
-            if !ordered || (page.more && page.processes.is_empty()) || all.len() > MOST_PROCESSES {
+            held = held.saturating_add(check(after, &page)?);
+            if held > MOST_LISTED || all.len() > MOST_PROCESSES {
                 return Err(ClientError::Broken(
-                    "the list of processes is not in order".into(),
+                    "the list of processes is longer than can be".into(),
                 ));
             }
             all.extend(page.processes);
@@ -76,6 +78,35 @@ impl Vm {
             }
         }
     }
+}
+
+/// Refuses what an agent never says; gives how much memory the page takes.
+fn check(after: u64, page: &ProcessPage) -> Result<usize, ClientError> {
+    let numbers = std::iter::once(after).chain(page.processes.iter().map(|one| one.number));
+    // An agent that turns in circles would keep us here for ever.
+    if !numbers.is_sorted_by(|one, next| one < next) || (page.more && page.processes.is_empty()) {
+        return Err(ClientError::Broken(
+            "the list of processes is not in order".into(),
+        ));
+    }
+    let mut total: usize = 0;
+    for one in &page.processes {
+        let texts = one.command.iter().map(Vec::len);
+        let said = one.ended.as_ref().map_or(0, |ended| ended.message.len());
+        let weight = texts.fold(size_of::<ProcessInfo>(), |sum, length| {
+            sum.saturating_add(length)
+                .saturating_add(size_of::<Vec<u8>>())
+        });
+        let weight = weight.saturating_add(said);
+        if weight > MOST_OF_ONE {
+            return Err(ClientError::Broken(format!(
+                "what the agent says of process {} takes {weight} bytes, more than can be",
+                one.id
+            )));
+        }
+        total = total.saturating_add(weight);
+    }
+    Ok(total)
 }
 
 /// A process in a VM.
@@ -257,5 +288,60 @@ impl Process {
             .ask::<_, ProcessRemoved>(&request, Repeat::Unsafe)
             .await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::process::{CommandMode, ProcessEnd, ProcessEnded};
+
+    use super::*;
+
+    fn process(number: u64, command: Vec<Vec<u8>>, message: String) -> ProcessInfo {
+        ProcessInfo {
+            id: ProcessId([7; 16]),
+            number,
+            pid: 1,
+            mode: CommandMode::Argv,
+            command,
+            output: OutputMode::Log,
+            terminal: false,
+            started_unix_ms: 1,
+            ended_unix_ms: 2,
+            ended: Some(ProcessEnded {
+                end: ProcessEnd::Exited,
+                exit_code: 0,
+                signal: 0,
+                output_open: false,
+                message,
+            }),
+            bytes: 0,
+            dropped: 0,
+        }
+    }
+
+    #[test]
+    fn a_page_of_processes_that_goes_back_or_is_longer_than_can_be_is_refused() {
+        let few = |number| process(number, vec![vec![b'x'; 1024]], "killed".into());
+        let page = |processes, more| ProcessPage { processes, more };
+        assert!(check(3, &page(vec![few(4), few(9)], true)).unwrap() > 2048);
+        assert_eq!(check(3, &page(vec![], false)).unwrap(), 0);
+        let bad = [
+            page(vec![few(3)], false),
+            page(vec![few(5), few(4)], false),
+            page(vec![], true),
+            page(
+                vec![process(4, vec![vec![0; 1 << 20]], String::new())],
+                false,
+            ),
+            page(
+                vec![process(4, vec![Vec::new(); 1 << 20], String::new())],
+                false,
+            ),
+            page(vec![process(4, Vec::new(), "x".repeat(1 << 20))], false),
+        ];
+        for page in bad {
+            assert!(check(3, &page).is_err(), "{}", page.processes.len());
+        }
     }
 }

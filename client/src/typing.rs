@@ -14,7 +14,8 @@ use crate::exec::Input;
 type Sending = Pin<Box<dyn Future<Output = Result<(), ClientError>> + Send>>;
 
 /// A command's standard input as [`AsyncWrite`], made by [`Input::writer`]. To shut it down closes
-/// the input; to drop it does not.
+/// the input; to drop it does not. It takes one frame ahead of what was sent: flush it before
+/// dropping it, or the last 64 KiB may not arrive.
 ///
 /// ```no_run
 /// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {

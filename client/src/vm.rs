@@ -125,7 +125,7 @@ impl Vm {
             return Ok(self.open_with(&bytes).await?.split());
         }
         let (replies, mut requests) = self.open().await?.split();
-        requests.send_bytes(&bytes).await?;
+        requests.send_bytes(bytes).await?;
         Ok((replies, requests))
     }
 

@@ -314,6 +314,40 @@ async fn a_download_goes_on_after_a_cut_and_notices_another_file() {
 }
 
 #[tokio::test]
+async fn a_checked_download_is_checked_whole_though_it_was_resumed() {
+    let machine = Machine::start().await;
+    let vm = machine.vm().await;
+    let path = machine.workspace().join("file");
+    fs::write(&path, vec![1; 3_000_000]).unwrap();
+    let before = fs::metadata(&path).unwrap().modified().unwrap();
+    for is_damaged in [false, true] {
+        let read = FileRead::new("file").offset(1000).sparse().checked();
+        let mut file = vm.download(read).await.unwrap();
+        soon(file.next_piece()).await.unwrap().unwrap();
+        machine.cut();
+        while soon(file.next_piece()).await.is_ok() {}
+        let there = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        if is_damaged {
+            // What we have of it is not what is there, and it cannot be seen from outside.
+            there.write_all_at(b"other", 2000).unwrap();
+            there.set_modified(before).unwrap();
+        }
+        soon(file.resume()).await.unwrap();
+        let end = loop {
+            match soon(file.next_piece()).await {
+                Ok(Some(_)) => {}
+                other => break other,
+            }
+        };
+        match end {
+            Ok(None) => assert!(!is_damaged, "nobody noticed"),
+            Err(ClientError::Damaged { .. }) => assert!(is_damaged),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_file_that_becomes_shorter_is_no_whole_file() {
     let machine = Machine::start().await;
     let vm = machine.vm().await;

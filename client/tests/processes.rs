@@ -276,3 +276,33 @@ async fn a_vm_that_dies_is_told_apart_from_a_lost_connection() {
     let error = soon(reader.next()).await.unwrap_err();
     assert!(matches!(error, ClientError::AgentGone), "{error:?}");
 }
+
+#[tokio::test]
+async fn a_write_that_is_given_up_half_way_leaves_the_stream_in_order() {
+    let machine = Machine::start().await;
+    let vm = machine.vm().await;
+    let line = "until [ -e go ]; do sleep 0.05; done; tr -d x | wc -c";
+    let mut run = vm.exec(Command::shell(line).stdin_pipe()).await.unwrap();
+    let input = run.input();
+    // More than everybody on the way takes while the command does not read: it stops in a frame.
+    let much = vec![b'x'; 8 << 20];
+    let given_up = tokio::time::timeout(Duration::from_millis(300), input.write(&much)).await;
+    assert!(given_up.is_err(), "it should still wait");
+    let mut writer = input.writer();
+    let given_up = tokio::time::timeout(Duration::from_millis(100), async {
+        writer.write_all(&much).await.unwrap();
+        writer.flush().await.unwrap();
+    });
+    assert!(given_up.await.is_err(), "it should still wait");
+    drop(writer);
+    std::fs::write(machine.workspace().join("go"), b"").unwrap();
+    soon(input.write(b"12345")).await.unwrap();
+    soon(input.end()).await.unwrap();
+    let mut said = Vec::new();
+    while let Some(output) = soon(run.next()).await.unwrap() {
+        if let Output::Stdout(bytes) = output {
+            said.extend(bytes);
+        }
+    }
+    assert_eq!(String::from_utf8(said).unwrap().trim(), "5");
+}

@@ -4,28 +4,16 @@
 
 mod common;
 
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 
 use client::protocol::vm::{CreateVm, EndReason, VmInfo, VmPage};
 use client::protocol::{self, ErrorBody, ErrorCode, Kind, message};
+use common::program::{bare, read_until, told};
 use common::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
-
-/// `sup` with an empty home and nothing configured.
-fn bare(home: &std::path::Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
-    command
-        .env_clear()
-        .env("HOME", home)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    command
-}
 
 fn sup(appliance: &Appliance, arguments: &[&str]) -> Command {
     let mut command = bare(appliance.dir.path());
@@ -38,14 +26,6 @@ fn sup(appliance: &Appliance, arguments: &[&str]) -> Command {
 
 async fn run(appliance: &Appliance, arguments: &[&str]) -> (i32, String, String) {
     told(sup(appliance, arguments).output().await.unwrap())
-}
-
-fn told(output: Output) -> (i32, String, String) {
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
 }
 
 async fn scripted() -> Appliance {
@@ -83,6 +63,7 @@ async fn without_configuration_it_says_what_to_set() {
     let home = tempfile::tempdir().unwrap();
     let (code, _, said) = told(bare(home.path()).arg("ls").output().await.unwrap());
     assert_eq!(code, 1);
+    assert!(said.contains("sup login"), "{said}");
     assert!(said.contains("SUP_ENDPOINT"), "{said}");
     let mut command = bare(home.path());
     command.env("SUP_ENDPOINT", "unix:/x").args(["ls"]);
@@ -144,6 +125,8 @@ async fn lists_come_as_a_table_as_ids_and_as_json() {
     let lines: Vec<_> = table.lines().collect();
     assert!(lines[0].starts_with("ID "), "{table}");
     assert!(lines[1].contains("debian@13.1"), "{table}");
+    assert!(lines[1].ends_with("  team=a"), "{table}");
+    assert!(!table.contains('\x1b'), "{table:?}");
     let (_, json, _) = run(&appliance, &["ls", "--json"]).await;
     let list: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(list[0]["id"], VM);
@@ -203,6 +186,54 @@ async fn faults_of_appliance_or_vm_exit_255_and_say_why() {
     let mut command = sup(&appliance, &["exec", VM, "--", "exit", "0"]);
     command.env("SUP_TOKEN", "wrong");
     assert_eq!(told(command.output().await.unwrap()).0, 255);
+}
+
+#[tokio::test]
+async fn every_command_that_runs_something_fails_with_255_and_every_other_with_1() {
+    let home = tempfile::tempdir().unwrap();
+    let commands: [(&[&str], i32); 15] = [
+        (&["exec", VM, "true"], 255),
+        (&["exec", "-d", VM, "true"], 255),
+        (&["shell", VM], 255),
+        (&["attach", VM, "ab"], 255),
+        (&["create"], 1),
+        (&["ls"], 1),
+        (&["inspect", VM], 1),
+        (&["ps", VM], 1),
+        (&["logs", VM, "ab"], 1),
+        (&["kill", VM, "ab"], 1),
+        (&["url", VM], 1),
+        (&["forward", VM, "80"], 1),
+        (&["stop", VM], 1),
+        (&["start", VM], 1),
+        (&["rm", VM], 1),
+    ];
+    for (arguments, expected) in commands {
+        let mut command = bare(home.path());
+        command
+            .env("SUP_ENDPOINT", "unix:/no/such/socket")
+            .env("SUP_TOKEN", TOKEN)
+            .args(arguments);
+        let (code, _, said) = told(command.output().await.unwrap());
+        assert_eq!(code, expected, "{arguments:?}: {said}");
+        assert!(said.contains("/no/such/socket"), "{arguments:?}: {said}");
+    }
+    // A script finds out by itself whether there is an appliance.
+    let mut command = bare(home.path());
+    let (code, _, said) = told(command.args(["run", "-"]).output().await.unwrap());
+    assert_eq!(code, 255, "{said}");
+    for arguments in [
+        &["exec", VM][..],
+        &["exec", "--shell", VM, "two", "words"],
+        &["attach", VM, "no-hex"],
+        &["kill", VM, "no-hex"],
+        &["forward", VM, "0"],
+        &["nonsense"],
+    ] {
+        let appliance = scripted().await;
+        let (code, _, said) = run(&appliance, arguments).await;
+        assert_eq!(code, 2, "{arguments:?}: {said}");
+    }
 }
 
 #[tokio::test]
@@ -306,4 +337,70 @@ async fn a_connection_ends_with_a_goodbye_that_tls_knows() {
         let (code, _, said) = told(child.wait_with_output().await.unwrap());
         assert_eq!(code, expected, "{said}");
     }
+}
+
+#[tokio::test]
+async fn colours_are_for_terminals_that_are_not_told_otherwise() {
+    let appliance = scripted().await;
+    for (variable, expected) in [("X", true), ("NO_COLOR", false)] {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let mut command = sup(&appliance, &["ls"]);
+        command
+            .env(variable, "1")
+            .env("TERM", "xterm")
+            .stdout(Stdio::from(pty.slave.try_clone().unwrap()));
+        let mut child = command.spawn().unwrap();
+        assert!(child.wait().await.unwrap().success());
+        let mut end = std::fs::File::from(pty.slave);
+        std::io::Write::write_all(&mut end, b"THE END").unwrap();
+        let mut master = tokio::fs::File::from_std(pty.master.into());
+        let seen = read_until(&mut master, "THE END").await;
+        assert_eq!(seen.contains("\x1b[32mrunning"), expected, "{seen:?}");
+    }
+}
+
+#[tokio::test]
+async fn completions_know_the_commands_of_every_shell() {
+    let home = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let mut command = bare(home.path());
+        let output = command.args(["completions", shell]).output().await.unwrap();
+        let (code, out, said) = told(output);
+        assert_eq!((code, said.as_str()), (0, ""));
+        assert!(out.contains("forward") && out.contains("cwd"), "{shell}");
+    }
+}
+
+#[tokio::test]
+async fn open_gives_the_address_to_the_browser_and_prints_it_where_there_is_none() {
+    let appliance = scripted().await;
+    let address = info(VM).url.to_string();
+    assert!(address.starts_with("https://"), "{address}");
+    let bin = appliance.dir.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let seen = appliance.dir.path().join("seen");
+    let write = |script: &str| {
+        let path = bin.join("xdg-open");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .unwrap();
+    };
+    let open = async |display: &str| {
+        let mut command = sup(&appliance, &["open", VM]);
+        command.env("DISPLAY", display).env("PATH", &bin);
+        told(command.output().await.unwrap())
+    };
+    write(&format!("echo \"$@\" > {}", seen.display()));
+    assert_eq!(open(":0").await, (0, String::new(), String::new()));
+    assert_eq!(
+        std::fs::read_to_string(&seen).unwrap(),
+        format!("{address}\n")
+    );
+    // Nobody sees it, the opener fails, there is none.
+    let printed = (0, format!("{address}\n"), String::new());
+    assert_eq!(open("").await, printed);
+    write("exit 3");
+    assert_eq!(open(":0").await, printed);
+    std::fs::remove_file(bin.join("xdg-open")).unwrap();
+    assert_eq!(open(":0").await, printed);
 }

@@ -4,39 +4,12 @@
 
 mod common;
 
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 
+use common::program::{interrupt, read_until, run, sup, told};
 use common::real::{Machine, soon};
 use common::*;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::Command;
-
-fn sup(machine: &Machine, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
-    command
-        .env_clear()
-        .env("HOME", machine.appliance.dir.path())
-        .env("SUP_ENDPOINT", machine.endpoint().to_string())
-        .env("SUP_TOKEN", TOKEN)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    command
-}
-
-fn told(output: Output) -> (i32, String, String) {
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
-}
-
-async fn run(machine: &Machine, arguments: &[&str]) -> (i32, String, String) {
-    told(soon(sup(machine, arguments).output()).await.unwrap())
-}
 
 #[tokio::test]
 async fn a_commands_options_reach_it_and_its_exit_code_comes_back() {
@@ -92,11 +65,6 @@ async fn ctrl_c_reaches_the_command_which_may_answer_it() {
     soon(out.read_to_string(&mut line)).await.unwrap();
     assert_eq!(line, "caught\n");
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(3));
-}
-
-fn interrupt(child: &tokio::process::Child) {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
 }
 
 #[tokio::test]
@@ -161,17 +129,6 @@ async fn a_terminal_is_the_commands_for_its_time_and_then_as_it_was() {
     assert_eq!(after.local_flags, before.local_flags);
 }
 
-async fn read_until(from: &mut (impl tokio::io::AsyncRead + Unpin), what: &str) -> String {
-    let mut seen = String::new();
-    let mut buffer = [0; 1024];
-    while !seen.contains(what) {
-        let count = soon(from.read(&mut buffer)).await.unwrap();
-        assert!(count > 0, "{seen}");
-        seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-    }
-    seen
-}
-
 #[tokio::test]
 async fn a_detached_command_is_listed_read_and_ended_by_the_beginning_of_its_id() {
     let machine = Machine::start().await;
@@ -223,4 +180,216 @@ async fn a_forwarded_port_leads_into_the_vm_and_ctrl_c_ends_it() {
     assert_eq!(text, "askanswer");
     interrupt(&child);
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}
+
+#[tokio::test]
+async fn an_attached_process_takes_our_input_and_its_exit_code_is_ours() {
+    let machine = Machine::start().await;
+    let script = "echo up; while read word; do echo got $word; done; exit 5";
+    let mut first = sup(&machine, &["exec", "--shell", VM, script])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let held = first.stdin.take();
+    let mut out = first.stdout.take().unwrap();
+    read_until(&mut out, "up\n").await;
+    let (_, id, _) = run(&machine, &["ps", "-q", VM]).await;
+    let mut second = sup(&machine, &["attach", VM, &id.trim_end()[..10]])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = second.stdin.take().unwrap();
+    let mut seen = second.stdout.take().unwrap();
+    input.write_all(b"word\n").await.unwrap();
+    // Both see it; only what came before is the first one's alone.
+    read_until(&mut out, "got word\n").await;
+    assert_eq!(read_until(&mut seen, "got word\n").await, "got word\n");
+    drop(input);
+    assert_eq!(soon(second.wait()).await.unwrap().code(), Some(5));
+    assert_eq!(soon(first.wait()).await.unwrap().code(), Some(5));
+    drop(held);
+    let (code, _, said) = run(&machine, &["attach", VM, "ffff"]).await;
+    assert_eq!(code, 255);
+    assert!(said.contains("sup ps --all"), "{said}");
+}
+
+#[tokio::test]
+async fn a_terminal_that_was_lost_is_joined_again_and_left_with_ctrl_bracket() {
+    let machine = Machine::start().await;
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut master = tokio::fs::File::from_std(pty.master.into());
+    let script = "echo up; while read word; do echo got $word; done";
+    let mut child = sup(&machine, &["exec", "-t", "--shell", VM, script])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    read_until(&mut master, "up").await;
+    child.kill().await.unwrap();
+    let (_, id, _) = run(&machine, &["ps", "-q", VM]).await;
+    let mut child = sup(&machine, &["attach", VM, id.trim_end()])
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .spawn()
+        .unwrap();
+    master.write_all(b"again\r").await.unwrap();
+    master.flush().await.unwrap();
+    read_until(&mut master, "got again").await;
+    master.write_all(b"\x1d").await.unwrap();
+    master.flush().await.unwrap();
+    read_until(&mut master, "the process goes on").await;
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1, id);
+}
+
+#[tokio::test]
+async fn a_shell_is_at_a_terminal_and_its_exit_code_comes_back() {
+    let machine = Machine::start().await;
+    std::fs::create_dir(machine.workspace().join("sub")).unwrap();
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut master = tokio::fs::File::from_std(pty.master.into());
+    let mut child = sup(&machine, &["shell", "--cwd", "sub", "--env", "K=value", VM])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    // The echo of the line has none of these.
+    let line = "echo $K-$((6*7)); pwd; test -t 0 && echo at-a-\"\"terminal; exit 3\r";
+    master.write_all(line.as_bytes()).await.unwrap();
+    master.flush().await.unwrap();
+    let seen = read_until(&mut master, "at-a-terminal").await;
+    assert!(seen.contains("value-42"), "{seen}");
+    assert!(seen.contains("/sub\r\n"), "{seen}");
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(3));
+}
+
+#[tokio::test]
+async fn logs_that_are_followed_come_as_they_are_written_and_end_with_the_process() {
+    let machine = Machine::start().await;
+    let script = "echo one; while [ ! -e go ]; do sleep 0.05; done; echo two >&2; exit 7";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let mut child = sup(&machine, &["logs", "-f", VM, id.trim_end()])
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    read_until(&mut out, "one\n").await;
+    assert!(child.try_wait().unwrap().is_none());
+    std::fs::write(machine.workspace().join("go"), "").unwrap();
+    let output = soon(child.wait_with_output()).await.unwrap();
+    // Its end is not an error of ours.
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(output.stderr, b"two\n");
+    let (_, _, last) = run(&machine, &["logs", "-n", "1", VM, id.trim_end()]).await;
+    assert_eq!(last, "two\n");
+}
+
+#[tokio::test]
+async fn a_signal_is_sent_and_nothing_more() {
+    let machine = Machine::start().await;
+    let script =
+        "trap 'echo caught' USR1; trap 'exit 9' USR2; echo up; while :; do sleep 0.05; done";
+    let (_, id, _) = run(&machine, &["exec", "-d", "--shell", VM, script]).await;
+    let id = id.trim_end();
+    let mut child = sup(&machine, &["logs", "-f", VM, id]).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    read_until(&mut out, "up\n").await;
+    for signal in ["USR1", "sigusr1", "10"] {
+        let (code, _, said) = run(&machine, &["kill", "--signal", signal, VM, id]).await;
+        assert_eq!((code, said.as_str()), (0, ""));
+        read_until(&mut out, "caught\n").await;
+    }
+    assert_eq!(run(&machine, &["ps", "-q", VM]).await.1.trim_end(), id);
+    run(&machine, &["kill", "-s", "USR2", VM, id]).await;
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+    let (_, json, _) = run(&machine, &["ps", "-a", "--json", VM]).await;
+    let list: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(list[0]["exitCode"], 9, "{json}");
+    let (code, _, said) = run(&machine, &["kill", "-s", "NONSENSE", VM, id]).await;
+    assert_eq!(code, 2);
+    assert!(said.contains("SIGTERM"), "{said}");
+}
+
+#[tokio::test]
+async fn the_address_is_printed_alone_on_its_line() {
+    let machine = Machine::start().await;
+    let (code, out, said) = run(&machine, &["url", VM]).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert_eq!(out, format!("{}\n", info(VM).url));
+}
+
+#[tokio::test]
+async fn a_forwarded_port_where_nobody_listens_is_told_and_the_next_one_is_served() {
+    let machine = Machine::start().await;
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let mut child = sup(&machine, &["forward", VM, &format!("0:{port}")])
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut said = child.stderr.take().unwrap();
+    let mut address = String::new();
+    soon(out.read_line(&mut address)).await.unwrap();
+    let connect = async || {
+        tokio::net::TcpStream::connect(address.trim_end())
+            .await
+            .unwrap()
+    };
+    let mut near = connect().await;
+    let words = format!("connecting to port {port}");
+    read_until(&mut said, &words).await;
+    let _ = soon(near.read_u8()).await.unwrap_err();
+    let server = tokio::net::TcpListener::bind(("127.0.0.1", port))
+        .await
+        .unwrap();
+    let _near = connect().await;
+    soon(server.accept()).await.unwrap();
+    interrupt(&child);
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
+}
+
+/// The lines of docs/sup.md that are marked to be run.
+fn examples() -> String {
+    let page = include_str!("../../docs/sup.md");
+    let blocks = page.split("```sh\n").skip(1);
+    blocks
+        .filter_map(|block| block.split("```").next())
+        .collect()
+}
+
+#[tokio::test]
+async fn the_examples_of_the_documentation_do_what_they_say() {
+    let machine = Machine::start().await;
+    let here = tempfile::tempdir().unwrap();
+    let bin = std::path::Path::new(env!("CARGO_BIN_EXE_sup"))
+        .parent()
+        .unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let mut shell = tokio::process::Command::new("sh");
+    shell
+        .args(["-e", "-c", &examples()])
+        .current_dir(here.path())
+        .env("HOME", here.path())
+        .env("PATH", path)
+        .env("SUP_ENDPOINT", machine.endpoint().to_string())
+        .env("SUP_TOKEN", TOKEN)
+        .stdin(Stdio::null());
+    let (code, out, said) = told(soon(shell.output()).await.unwrap());
+    assert_eq!((code, said.as_str()), (0, ""), "{out}");
+    for text in [
+        "hello\n/etc\n",
+        "42\n",
+        "1\n2\n3\n",
+        "sleep 99",
+        "\"exitCode\"",
+        "\n5\n",
+    ] {
+        assert!(out.contains(text), "no {text:?} in {out}");
+    }
+    let read = |path: &str| std::fs::read_to_string(here.path().join(path)).unwrap();
+    assert_eq!(read("back/index.html"), "hello\n");
+    assert_eq!(read("back/copy/index.html"), "hello\n");
 }

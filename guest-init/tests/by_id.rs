@@ -245,6 +245,32 @@ fn what_does_not_hear_is_killed_after_the_grace_and_so_is_what_it_started() {
 }
 
 #[test]
+fn kill_ends_what_a_process_left_behind_also_when_that_has_ended_itself() {
+    let agent = Agent::start_with_cgroup();
+    // One that hears and says so, one that does not.
+    let line = "(trap 'echo heard > heard; exit' TERM; echo > up; while :; do sleep 0.02; done) \
+        > /dev/null 2>&1 & (trap '' TERM; exec setsid sleep 603) > /dev/null 2>&1 & echo $!; exit 4";
+    for grace_ms in [Some(500), Some(0)] {
+        let id = agent.start_log(&shell(line));
+        assert_eq!(agent.wait(id).ended.unwrap().exit_code, 4);
+        let said = agent.replay(id, AttachFrom::Oldest, 0, true).merged;
+        let child = format!("/proc/{}", String::from_utf8(said).unwrap().trim());
+        eventually("both are up", || {
+            agent.workspace().join("up").exists()
+                && std::fs::read_to_string(format!("{child}/comm")).unwrap() == "sleep\n"
+        });
+        let info = agent.kill(id, grace_ms).unwrap();
+        assert!(!std::path::Path::new(&child).exists(), "{grace_ms:?}");
+        let ended = info.ended.unwrap();
+        assert_eq!((ended.end, ended.exit_code), (ProcessEnd::Exited, 4));
+        let heard = agent.workspace().join("heard");
+        assert_eq!(heard.exists(), grace_ms == Some(500));
+        let _ = std::fs::remove_file(heard);
+        std::fs::remove_file(agent.workspace().join("up")).unwrap();
+    }
+}
+
+#[test]
 fn a_deadline_is_told_as_one_and_not_as_an_exit() {
     let agent = Agent::start();
     let mut request = shell("echo begun; sleep 600");
@@ -268,7 +294,7 @@ fn an_ended_process_can_be_forgotten_with_its_log() {
         let logs = agent.directory.path().join("logs");
         std::fs::read_dir(logs).unwrap().count()
     };
-    eventually("the log is written", || files() == 1);
+    assert_eq!(files(), 1);
     let running = agent.start_log(&argv(&["sleep", "600"]));
     let early = agent.ask::<_, ProcessRemoved>(&RemoveProcess { id: running });
     assert_eq!(early.unwrap_err().code, ErrorCode::ProcessRunning);
@@ -276,8 +302,20 @@ fn an_ended_process_can_be_forgotten_with_its_log() {
         .ask::<_, ProcessRemoved>(&RemoveProcess { id })
         .unwrap();
     assert_eq!(agent.look(id).unwrap_err().code, ErrorCode::NoSuchProcess);
-    assert_eq!(files(), 0);
+    assert_eq!(files(), 1, "that of the other one");
     agent.kill(running, Some(0)).unwrap();
+}
+
+#[test]
+fn whoever_has_heard_of_the_end_can_forget_the_process_at_once() {
+    let agent = Agent::start();
+    for _ in 0..1000 {
+        let id = agent.start_log(&argv(&["true"]));
+        agent.wait(id);
+        agent
+            .ask::<_, ProcessRemoved>(&RemoveProcess { id })
+            .unwrap();
+    }
 }
 
 #[test]

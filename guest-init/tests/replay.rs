@@ -5,8 +5,8 @@
 
 mod common;
 
-use common::{Agent, eventually, shell};
-use protocol::process::{ProcessEnd, StdinMode};
+use common::{Agent, argv, eventually, shell};
+use protocol::process::{OutputMode, ProcessEnd, StdinMode};
 use protocol::processes::{
     AttachFrom, AttachProcess, ListProcesses, ProcessInfo, ProcessPage, WaitProcess,
 };
@@ -252,6 +252,53 @@ fn logs_and_ends_are_still_there_after_a_restart_and_what_ran_is_lost_by_name() 
     let ids: Vec<_> = page.processes.iter().map(|one| one.id).collect();
     assert_eq!(ids, [ended, running, next]);
     agent.shell(&format!("kill -9 -{pid}"));
+}
+
+#[test]
+fn a_start_that_was_answered_is_known_after_a_restart_and_never_runs_twice() {
+    let mut agent = Agent::start();
+    let mark = agent.workspace().join("mark");
+    let mut silent = shell("echo x >> mark; exec sleep 600");
+    silent.output = OutputMode::Log;
+    agent.start_log(&silent);
+    eventually("it has run", || {
+        std::fs::read(&mark).is_ok_and(|text| text == b"x\n")
+    });
+    let pid = agent.look(silent.id).unwrap().pid;
+    let missing = argv(&["no-such-program"]);
+    let quick = shell("echo x >> mark");
+    assert_eq!(agent.run(&quick).ended.exit_code, 0);
+    assert_eq!(agent.run(&missing).ended.end, ProcessEnd::NotFound);
+    agent.restart();
+    let lost = agent.look(silent.id).unwrap().ended.unwrap();
+    assert_eq!(lost.end, ProcessEnd::Lost);
+    for request in [&silent, &quick, &missing] {
+        let mut client = agent.connect();
+        client.send(request);
+        client.frame().expect("an answer");
+    }
+    assert_eq!(std::fs::read(&mark).unwrap(), b"x\nx\n", "one ran twice");
+    agent.shell(&format!("kill -9 -{pid}"));
+}
+
+#[test]
+fn the_end_of_what_never_said_anything_is_kept_too() {
+    let mut agent = Agent::start();
+    let silent = agent.start_log(&shell("exit 7"));
+    let missing = argv(&["no-such-program"]);
+    assert_eq!(agent.run(&missing).ended.end, ProcessEnd::NotFound);
+    agent.wait(silent);
+    // A signal stops the agent, which writes everything first.
+    let id = i32::try_from(agent.child.id()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGTERM).unwrap();
+    agent.child.wait().unwrap();
+    agent.restart();
+    assert_eq!(agent.look(silent).unwrap().ended.unwrap().exit_code, 7);
+    let again = agent.run(&missing);
+    assert_eq!(
+        (again.started, again.ended.end),
+        (false, ProcessEnd::NotFound)
+    );
 }
 
 #[test]

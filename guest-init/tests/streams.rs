@@ -47,8 +47,46 @@ fn an_oversize_frame_ends_its_stream_only() {
         flags: 0,
     };
     client.socket.write_all(&header.to_bytes()).unwrap();
+    assert_eq!(client.error().code, ErrorCode::FrameTooLarge);
     assert_eq!(client.frame(), None);
     assert_eq!(agent.shell("true").ended.exit_code, 0);
+}
+
+#[test]
+fn frames_begun_on_every_stream_and_ended_on_none_leave_memory_bounded_and_others_go_on() {
+    let agent = Agent::start();
+    let header = Header {
+        length: 1 << 20,
+        kind: Kind::START_PROCESS,
+        flags: 0,
+    };
+    let mut half = header.to_bytes().to_vec();
+    half.resize(1 << 20, 0);
+    let mut refused = 0;
+    let begun: Vec<_> = (0..500)
+        .filter_map(|_| {
+            let mut client = agent.connect();
+            // One that is refused is cut off.
+            if client.socket.write_all(&half).is_ok() {
+                return Some(client);
+            }
+            assert_eq!(client.error().code, ErrorCode::TooManyLongFrames);
+            refused += 1;
+            None
+        })
+        .collect();
+    assert!(refused > 400 && begun.len() >= 8, "{refused} are refused");
+    assert_eq!(agent.shell("echo on").text(), "on\n");
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 32 << 10, "{peak} KiB");
+    drop(begun);
+    eventually("there is room again", || {
+        let mut client = agent.connect();
+        let mut whole = half.clone();
+        whole.resize(header.to_bytes().len() + (1 << 20), 0);
+        let _ = client.socket.write_all(&whole);
+        client.error().code == ErrorCode::Malformed
+    });
 }
 
 #[test]

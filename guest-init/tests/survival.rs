@@ -51,6 +51,21 @@ fn a_full_disk_stops_neither_commands_nor_their_output() {
     assert_eq!(info.ended.unwrap().exit_code, 0);
     let tail = agent.replay(id, AttachFrom::Lines, 2, false);
     assert_eq!(tail.merged, b"99999\n100000\n");
+    // Attempts to write leave nothing behind, not even empty files.
+    let logs = agent.socket().with_file_name("var/lib/logs");
+    let empty = || {
+        let files = std::fs::read_dir(&logs).into_iter().flatten().flatten();
+        let sizes = files.filter_map(|file| Some(file.metadata().ok()?.len()));
+        sizes.filter(|size| *size == 0).count()
+    };
+    let endless = agent.start_log(&shell(
+        "while :; do echo 0123456789012345678901234567890123456789; done",
+    ));
+    eventually("much was written in vain", || {
+        agent.look(endless).unwrap().dropped > 4 << 20
+    });
+    agent.kill(endless, Some(0)).unwrap();
+    assert_eq!(empty(), 0);
     // With room again, what comes next is kept again.
     agent.shell("rm /workspace/a /workspace/b");
     let id = agent.start_log(&shell("seq 1 100000"));
@@ -94,7 +109,12 @@ fn ten_thousand_short_processes_leave_nothing_behind() {
 
 #[test]
 fn more_processes_than_can_be_looked_after_are_refused_by_name() {
-    let agent = Agent::start();
+    let mut agent = Agent::start();
+    // What is remembered from before does not run.
+    for _ in 0..40 {
+        agent.run(&argv(&["true"]));
+    }
+    agent.restart();
     let ids: Vec<_> = (0..512)
         .map(|_| agent.start_log(&argv(&["sleep", "600"])))
         .collect();

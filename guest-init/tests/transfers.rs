@@ -7,6 +7,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::process::Command;
 
 use common::files::{
     ask, begin, data, end, noise, read, read_request, refusal, upload_id, write, write_request,
@@ -69,6 +70,16 @@ fn a_read_goes_on_where_an_earlier_one_stopped() {
     assert!(rest.bytes == bytes[100_000..]);
     request.length = Some(70_000);
     assert!(read(&agent, &request).bytes == bytes[100_000..170_000]);
+    // With a checksum of what came before, too.
+    request.length = Some(70_000);
+    request.checksum = true;
+    request.before = 99_000;
+    let whole = Some(*blake3::hash(&bytes[1000..170_000]).as_bytes());
+    let ended = read(&agent, &request).ended;
+    assert_eq!((ended.bytes, ended.blake3), (70_000, whole));
+    request.before = 100_001;
+    assert_eq!(refusal(&agent, &request).code, ErrorCode::InvalidArgument);
+    request.before = 0;
     request.length = Some(u64::MAX);
     assert_eq!(refusal(&agent, &request).code, ErrorCode::FileTooLarge);
     request.offset = 300_000;
@@ -192,6 +203,33 @@ fn a_file_that_becomes_shorter_while_it_is_read_ends_early_and_says_so() {
         seen += frame.body.len() as u64;
     };
     assert!(seen < 100 << 20);
+    assert_eq!(ended.bytes, seen);
+}
+
+#[test]
+fn a_sparse_read_invents_no_zeros_where_the_file_became_shorter() {
+    let agent = Agent::start();
+    let path = agent.workspace().join("file");
+    fs::write(&path, noise(8 << 20)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(100 << 20).unwrap();
+    let mut request = read_request("file");
+    request.sparse = true;
+    let mut client = agent.connect();
+    client.send(&request);
+    assert_eq!(client.frame().unwrap().kind, Kind::READ_STARTED);
+    // The agent is in the middle of the content, which the connection does not hold.
+    file.set_len(1000).unwrap();
+    let mut seen = 0;
+    let ended = loop {
+        let frame = client.frame().unwrap();
+        match frame.kind {
+            Kind::FILE_DATA => seen += frame.body.len() as u64,
+            Kind::FILE_HOLE => panic!("{:?}", message::decode::<FileHole>(&frame)),
+            _ => break message::decode::<protocol::file::transfer::ReadEnded>(&frame).unwrap(),
+        }
+    };
+    assert!(seen < 8 << 20);
     assert_eq!(ended.bytes, seen);
 }
 
@@ -452,6 +490,35 @@ fn a_broken_upload_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn what_is_kept_of_an_upload_outlives_a_request_that_cannot_open_it() {
+    let agent = Agent::start();
+    let program = fs::read("/bin/sleep").unwrap();
+    let mut request = write_request("file");
+    request.upload = Some(upload_id(5));
+    let mut client = begin(&agent, &request);
+    data(&mut client, &program);
+    drop(client);
+    let kept = || {
+        let mut client = agent.connect();
+        client.send(&query("file", 5));
+        let answer = message::decode::<UploadState>(&client.frame().unwrap());
+        answer.ok().map(|state| state.offset)
+    };
+    let length = program.len() as u64;
+    eventually("all of it is there", || kept() == Some(length));
+    // A program that runs cannot be opened for writing.
+    let hidden = agent.workspace().join(&names(&agent)[0]);
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut running = Command::new(&hidden).arg("600").spawn().unwrap();
+    let refused = refusal(&agent, &query("file", 5));
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert_eq!(refused.code, ErrorCode::FileBusy);
+    assert!(refused.detail.starts_with("ETXTBSY\n"), "{refused:?}");
+    eventually("it is there still", || kept() == Some(length));
+}
+
+#[test]
 fn an_upload_that_goes_on_earlier_drops_what_was_kept_beyond() {
     let agent = Agent::start();
     let mut request = write_request("file");
@@ -632,6 +699,61 @@ fn a_full_disk_is_said_at_once_and_the_old_file_stays() {
         message::decode::<UploadState>(&client.frame().unwrap())
             .is_ok_and(|state| state.offset > 500_000)
     });
+}
+
+#[test]
+fn an_append_that_fails_takes_nothing_from_others_and_says_how_much_got_in() {
+    let agent = agent_with_small_disk();
+    let mut request = write_request("small/log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let others = agent.shell("head -c 300000 /dev/zero | tr '\\0' o >> small/log; echo done");
+    assert_eq!(others.text(), "done\n");
+    let mut bytes = Vec::new();
+    protocol::frame::append(&mut bytes, Kind::FILE_DATA, &[b'1'; 65_536]).unwrap();
+    for _ in 0..64 {
+        if client.socket.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let error = client.error();
+    assert_eq!(error.code, ErrorCode::NoSpace);
+    let appended: usize = error
+        .detail
+        .lines()
+        .last()
+        .and_then(|line| line.strip_prefix("appended ")?.parse().ok())
+        .expect("how much got in");
+    assert!(appended > 500_000, "{appended}");
+    let count = |byte: char| {
+        let line = format!("tr -cd {byte} < small/log | wc -c");
+        agent.shell(&line).text().trim().parse::<usize>().unwrap()
+    };
+    assert_eq!((count('o'), count('1')), (300_000, appended));
+}
+
+#[test]
+fn a_hole_has_no_place_in_an_append_and_takes_nothing_from_others() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    let file = agent.workspace().join("log");
+    fs::write(&file, b"of others").unwrap();
+    client.send(&FileHole { length: 4 });
+    assert_eq!(client.error().code, ErrorCode::InvalidArgument);
+    assert_eq!(fs::read(&file).unwrap(), b"of others");
+}
+
+#[test]
+fn an_append_says_how_long_the_file_is_whoever_else_appended() {
+    let agent = Agent::start();
+    let mut request = write_request("log");
+    request.mode = WriteMode::Append;
+    let mut client = begin(&agent, &request);
+    fs::write(agent.workspace().join("log"), b"of others").unwrap();
+    data(&mut client, b"ours");
+    assert_eq!(end(client).unwrap().size, 13);
 }
 
 #[test]

@@ -104,6 +104,31 @@ fn a_recursive_watch_sees_directories_that_come_go_and_move() {
 }
 
 #[test]
+fn a_tree_of_any_size_that_is_moved_in_is_watched_whole() {
+    let agent = Agent::start();
+    let at = |path: &str| agent.workspace().join(path);
+    fs::create_dir(at("watched")).unwrap();
+    let (mut client, _) = watch(&agent, "watched", true);
+    for directory in 0..30 {
+        let directory = at(&format!("big/{directory}/below"));
+        fs::create_dir_all(&directory).unwrap();
+        for file in 0..400 {
+            fs::write(directory.join(file.to_string()), b"").unwrap();
+        }
+    }
+    fs::rename(at("big"), at("watched/big")).unwrap();
+    // More than can be told.
+    until(&mut client, is(FileChange::Overflow, ""));
+    for directory in 0..30 {
+        let mark = format!("big/{directory}/below/mark");
+        fs::write(at("watched").join(&mark), b"").unwrap();
+        until(&mut client, is(FileChange::Created, &mark));
+    }
+    let peak = agent.status_kib("VmHWM:");
+    assert!(peak < 16 << 10, "{peak} KiB");
+}
+
+#[test]
 fn a_client_that_does_not_listen_is_told_that_it_missed_something() {
     let agent = Agent::start();
     let (mut client, _) = watch(&agent, "", false);

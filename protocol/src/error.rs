@@ -58,6 +58,8 @@ wire_enum! {
         GenerationUnsupported = 23,
         /// Another VM of the same owner has this name.
         NameTaken = 24,
+        /// As many long frames are under way at once as the receiver has room for.
+        TooManyLongFrames = 25,
         /// There is no process with this id, running or remembered.
         NoSuchProcess = 32,
         /// The process has ended; it takes no input and no signals any more.

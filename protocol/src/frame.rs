@@ -339,6 +339,7 @@ impl FrameReader {
             let length = header.length as usize;
             let wanted = length.saturating_sub(self.body.len());
             let taken = take(input, wanted);
+            self.make_room(taken.len(), length);
             self.body.extend_from_slice(taken);
             if self.body.len() < length {
                 return Ok(None);
@@ -352,6 +353,21 @@ impl FrameReader {
                 body,
             }));
         }
+    }
+
+    /// Grows with what comes, and never beyond what was announced.
+    fn make_room(&mut self, count: usize, length: usize) {
+        let needed = self.body.len().saturating_add(count);
+        if needed > self.body.capacity() {
+            let target = needed.max(needed.saturating_mul(2).min(length));
+            self.body
+                .reserve_exact(target.saturating_sub(self.body.len()));
+        }
+    }
+
+    /// The frame that has begun, if it has come so far, and how much of its body is held.
+    pub fn unfinished(&self) -> Option<(Header, usize)> {
+        self.header.map(|header| (header, self.body.len()))
     }
 
     /// Says whether the stream may end here: between frames it may, inside one it may not.
@@ -420,6 +436,20 @@ mod tests {
         let mut reader = FrameReader::new();
         assert_eq!(reader.push(&mut &header[..]), Ok(None));
         assert_eq!(reader.body.capacity(), 0);
+    }
+
+    #[test]
+    fn a_body_takes_no_more_memory_than_was_announced() {
+        let mut bytes = Vec::new();
+        append(&mut bytes, Kind::STDIN, &vec![7; MAX_BODY]).unwrap();
+        bytes.pop();
+        let mut reader = FrameReader::new();
+        for piece in bytes.chunks(16 << 10) {
+            assert_eq!(reader.push(&mut &piece[..]), Ok(None));
+            assert!(reader.body.capacity() <= (2 * reader.body.len()).min(MAX_BODY));
+        }
+        let (header, held) = reader.unfinished().unwrap();
+        assert_eq!((header.kind, held), (Kind::STDIN, MAX_BODY - 1));
     }
 
     #[test]

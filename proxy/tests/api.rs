@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::*;
 use protocol::frame::header_for;
 use protocol::hello::Hello;
@@ -228,7 +230,7 @@ async fn the_last_words_of_an_agent_that_left_reach_a_client_that_still_sends() 
     // The agent reads nothing, so what the client sends waits in the relay.
     tokio::select! {
         _ = stream.inner.write_all(&[5; 4 << 20]) => panic!("nobody reads"),
-        () = tokio::time::sleep(std::time::Duration::from_millis(300)) => {}
+        () = tokio::time::sleep(Duration::from_millis(300)) => {}
     }
     let words = [7; 50_000];
     agent.write_all(&words).await.unwrap();
@@ -263,7 +265,7 @@ async fn a_client_that_resets_its_stream_frees_the_agent_even_when_it_was_blocke
     let write = stream.inner.write_all(&[5; 4 << 20]);
     tokio::select! {
         _ = write => panic!("nobody reads"),
-        () = tokio::time::sleep(std::time::Duration::from_millis(300)) => {}
+        () = tokio::time::sleep(Duration::from_millis(300)) => {}
     }
     drop(stream);
     let mut seen = vec![0; 1 << 20];
@@ -443,6 +445,48 @@ async fn connections_beyond_the_maximum_are_closed() {
             break;
         }
     }
+}
+
+#[tokio::test]
+async fn strangers_of_one_address_leave_room_for_others() {
+    let proxy = Proxy::start();
+    let control = proxy.control();
+    let (ca, certificates, key) = certificates();
+    let serve = Serve {
+        api_address: "127.0.0.1:0".into(),
+        certificates,
+        key,
+        max_streams: 8,
+        max_connections: 64,
+    };
+    let address = control.serve(&serve).await.api_address;
+    let greet = async |client: &Client| {
+        let mut stream = client.stream().await;
+        stream.send(&hello()).await;
+        control.welcome().await;
+        assert_eq!(stream.frame().await.unwrap().kind, Kind::HELLO_OK);
+    };
+    let known = Client::new(tls(&address, &ca, &[b"supvm/1"]).await.unwrap());
+    greet(&known).await;
+    // Some that say nothing at all, and one that speaks TLS but no `Hello`.
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        silent.push(tokio::net::TcpStream::connect(&address).await.unwrap());
+    }
+    let stranger = Client::new(tls(&address, &ca, &[b"supvm/1"]).await.unwrap());
+    assert!(tls(&address, &ca, &[b"supvm/1"]).await.is_err());
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(address.parse().unwrap()).await.unwrap();
+    let mut byte = [0; 1];
+    let shut = other.read(&mut byte);
+    tokio::time::timeout(Duration::from_millis(200), shut)
+        .await
+        .expect_err("another address is let in");
+    // Who is known is a stranger no more.
+    greet(&stranger).await;
+    let next = Client::new(tls(&address, &ca, &[b"supvm/1"]).await.unwrap());
+    greet(&next).await;
 }
 
 #[tokio::test]

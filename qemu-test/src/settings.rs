@@ -12,6 +12,8 @@ pub(crate) struct Options {
     pub(crate) boot_deadline_s: u32,
     /// VMs get a first root that says [`STUCK`] and never comes up.
     pub(crate) stuck_guest: bool,
+    /// VMs have one CPU also when nobody says how many.
+    pub(crate) one_cpu: bool,
 }
 
 /// What a guest that never comes up says on its console.
@@ -25,6 +27,7 @@ impl Options {
     pub(crate) const DEFAULT: Self = Self {
         boot_deadline_s: 180,
         stuck_guest: false,
+        one_cpu: false,
     };
 }
 
@@ -34,12 +37,19 @@ struct Settings {
     boot: Boot,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest: Option<Guest>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<Limits>,
     debug: Debug,
 }
 
 #[derive(Serialize)]
 struct Guest {
     initramfs: String,
+}
+
+#[derive(Serialize)]
+struct Limits {
+    max_cpus: u16,
 }
 
 #[derive(Serialize)]
@@ -91,6 +101,7 @@ pub(crate) fn settings(
         guest: options.stuck_guest.then(|| Guest {
             initramfs: format!("/{STUCK_INITRAMFS}"),
         }),
+        limits: options.one_cpu.then_some(Limits { max_cpus: 1 }),
         debug: Debug {
             shell: ["/debug/bin/sh", "-i"],
             tty: "ttyS1",

@@ -99,3 +99,20 @@ pub(crate) async fn shell(
 ) -> Result<Finished, ClientError> {
     run(client, vm, Command::shell(line)).await
 }
+
+/// Runs so many commands at the same time, each of which prints so many lines; says whether every
+/// line of each came.
+pub(crate) async fn at_once(
+    client: &Client,
+    vm: &VmInfo,
+    commands: usize,
+    lines: usize,
+) -> Result<bool, ClientError> {
+    let runs = (0..commands).map(|number| async move {
+        let line = format!("for i in $(seq {lines}); do echo {number} $i; done");
+        let wanted: String = (1..=lines).map(|i| format!("{number} {i}\n")).collect();
+        Ok::<_, ClientError>(shell(client, vm, &line).await?.stdout == wanted)
+    });
+    let whole = futures::future::try_join_all(runs).await?;
+    Ok(whole.into_iter().all(|one| one))
+}

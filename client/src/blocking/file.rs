@@ -11,7 +11,8 @@ use protocol::file::watch::FileEvent;
 use protocol::vm::{VmInfo, VmRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::thread::{Own, Thread};
+use super::own::Own;
+use super::thread::Thread;
 use super::{Vm, mirror};
 use crate::ClientError;
 use crate::file::{FileRead, FileWrite, Piece, TreeRead, TreeWrite};

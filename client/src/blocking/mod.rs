@@ -17,6 +17,7 @@
 //! ```
 
 mod file;
+mod own;
 mod process;
 mod thread;
 
@@ -28,6 +29,7 @@ use protocol::id::VmId;
 use protocol::vm::{CreateVm, VmInfo, VmPage, VmRef};
 
 use crate::{ClientError, Endpoint, Trust};
+pub(crate) use own::Own;
 use thread::Thread;
 
 /// Methods that do what those of the same name of the async type do.

@@ -34,6 +34,7 @@ impl FileRead {
                 offset: 0,
                 length: None,
                 checksum: false,
+                before: 0,
                 sparse: false,
                 special: false,
             },
@@ -54,7 +55,8 @@ impl FileRead {
         self
     }
 
-    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end.
+    /// Has the agent compute the BLAKE3 checksum of what it sends, and compares it at the end; also
+    /// of what had come before the connection was lost, if it was.
     #[must_use]
     pub fn checked(mut self) -> Self {
         self.request.checksum = true;
@@ -189,6 +191,10 @@ impl Download {
         }
         let mut request = self.request.clone();
         request.offset = self.offset();
+        if request.checksum {
+            // What we have already is checked, too.
+            request.before = self.so_far();
+        }
         request.length = request
             .length
             .map(|length| length.saturating_sub(self.so_far()));

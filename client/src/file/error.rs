@@ -27,6 +27,7 @@ pub struct FileError {
     body: ErrorBody,
     errno: Option<String>,
     path: Option<String>,
+    appended: Option<u64>,
 }
 
 impl FileError {
@@ -40,7 +41,26 @@ impl FileError {
             Some((errno, path)) => (Some(errno.to_owned()), Some(path.to_owned())),
             None => (usual_errno(body.code).map(str::to_owned), None),
         };
-        Ok(Self { body, errno, path })
+        let appended = appended(&body);
+        let path = match (path, appended) {
+            (Some(mut path), Some((line, _))) => {
+                path.truncate(path.len().saturating_sub(line.len().saturating_add(1)));
+                Some(path)
+            }
+            (path, _) => path,
+        };
+        let appended = appended.map(|(_, count)| count);
+        Ok(Self {
+            body,
+            errno,
+            path,
+            appended,
+        })
+    }
+
+    /// Of an append that failed half-way: how many of the bytes that were sent are in the file.
+    pub fn appended(&self) -> Option<u64> {
+        self.appended
     }
 
     /// The whole answer.
@@ -94,6 +114,14 @@ fn named_errno(body: &ErrorBody) -> Option<(&str, &str)> {
     is_errno.then_some((errno, path))
 }
 
+/// The last line of an append's error and its number. A path may end so, but not the sentence, too.
+fn appended(body: &ErrorBody) -> Option<(&str, u64)> {
+    let line = body.detail.rsplit('\n').next()?;
+    let count = line.strip_prefix("appended ")?.parse().ok()?;
+    let said = format!("; {count} bytes were appended before that");
+    body.message.ends_with(&said).then_some((line, count))
+}
+
 fn usual_errno(code: ErrorCode) -> Option<&'static str> {
     Some(match code {
         ErrorCode::NoSuchFile => "ENOENT",
@@ -131,6 +159,14 @@ mod tests {
         assert_eq!(FileError::new(mismatch).unwrap().errno(), None);
         let invalid = ErrorBody::caller(ErrorCode::InvalidArgument, "x").with_detail("EINVAL\n/a");
         assert_eq!(FileError::new(invalid).unwrap().errno(), Some("EINVAL"));
+        let line = "ENOSPC\n/a\nappended 7";
+        let message = "no room; 7 bytes were appended before that";
+        let append = ErrorBody::guest(ErrorCode::NoSpace, message).with_detail(line);
+        let append = FileError::new(append).unwrap();
+        assert_eq!((append.path(), append.appended()), (Some("/a"), Some(7)));
+        let odd = ErrorBody::guest(ErrorCode::NoSpace, "no room").with_detail(line);
+        let odd = FileError::new(odd).unwrap();
+        assert_eq!((odd.path(), odd.appended()), (Some("/a\nappended 7"), None));
         for detail in ["", "console\nlines", "E\n/a", "Eh\n/a"] {
             let other = ErrorBody::host(ErrorCode::BootFailed, "x").with_detail(detail);
             assert!(FileError::new(other).is_err(), "{detail}");

@@ -84,11 +84,12 @@ impl Inflow {
         }
     }
 
-    /// Takes over what its predecessor has read and not given.
+    /// Takes over what its predecessor has read and not given, and what it has hashed.
     pub(super) fn continuing(mut self, old: &mut Self) -> Self {
         self.data = std::mem::take(&mut old.data);
         self.at = old.at;
         self.zeros = old.zeros;
+        self.hasher = old.hasher.take();
         self
     }
 

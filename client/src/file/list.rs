@@ -14,6 +14,10 @@ use super::show;
 use crate::error::ClientError;
 use crate::vm::{Repeat, Vm};
 
+/// The longest name and the longest target of a link that Linux has.
+const MOST_OF_A_NAME: usize = 255;
+const MOST_OF_A_TARGET: usize = 4096;
+
 type Asking = Pin<Box<dyn Future<Output = Result<DirectoryPage, ClientError>> + Send>>;
 
 /// The entries of a directory in the order of their names' bytes, without `.` and `..`. What is
@@ -142,6 +146,15 @@ fn check(after: &[u8], page: &DirectoryPage) -> Result<(), ClientError> {
     if !ordered || !goes_on {
         return Err(ClientError::Broken("the list is not in order".into()));
     }
+    for entry in &page.entries {
+        let target = entry.info.target.as_ref().map_or(0, Vec::len);
+        if entry.name.len() > MOST_OF_A_NAME || target > MOST_OF_A_TARGET {
+            return Err(ClientError::Broken(format!(
+                "a name of {} bytes, or a link's target of {target}, is longer than can be",
+                entry.name.len()
+            )));
+        }
+    }
     for name in names {
         if name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
             let message = format!("`{}` is no name in a directory", show(name).escape_debug());
@@ -218,6 +231,14 @@ mod tests {
         ] {
             assert!(check(b"a", &bad).is_err(), "{bad:?}");
         }
+        let long = "x".repeat(256);
+        check(b"a", &page(&[&long[1..]], None)).unwrap();
+        assert!(check(b"a", &page(&[&long], None)).is_err());
+        let mut target = page(&["b"], None);
+        target.entries[0].info.target = Some(vec![b'x'; 4096]);
+        check(b"a", &target).unwrap();
+        target.entries[0].info.target = Some(vec![b'x'; 4097]);
+        assert!(check(b"a", &target).is_err());
         for bad in ["", ".", ".."] {
             assert!(check(b"", &page(&[bad], None)).is_err(), "{bad}");
         }

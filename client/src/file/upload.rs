@@ -44,7 +44,8 @@ impl FileWrite {
         }
     }
 
-    /// Adds to the file's end, as it comes.
+    /// Adds to the file's end, as it comes. When that fails half-way,
+    /// [`FileError::appended`](super::FileError::appended) says how much got in.
     #[must_use]
     pub fn append(mut self) -> Self {
         self.request.mode = WriteMode::Append;
@@ -79,7 +80,7 @@ impl FileWrite {
         self
     }
 
-    /// Leaves holes where there are 64 KiB of zeros.
+    /// Leaves holes where there are 64 KiB of zeros. An append has none: it sends the zeros.
     #[must_use]
     pub fn sparse(mut self) -> Self {
         self.sparse = true;
@@ -118,6 +119,7 @@ impl Vm {
         source: impl AsyncRead + Unpin,
     ) -> Result<FileWritten, ClientError> {
         let FileWrite { request, sparse } = to.into();
+        let sparse = sparse && request.mode != WriteMode::Append;
         let hasher = request.checksum.then(blake3::Hasher::new);
         let (replies, requests) = self.begin(&request).await?;
         let written = write(replies, requests, &request, hasher, sparse, source).await;

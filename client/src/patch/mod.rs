@@ -4,6 +4,7 @@
 //!
 //! `prelude/` holds the objects that a script sees; [`backend`] is all that they need of VMs.
 
+mod appliance;
 pub mod backend;
 mod decode;
 mod fetch;
@@ -19,6 +20,7 @@ pub mod show;
 mod store;
 mod transfer;
 
+pub use appliance::Appliance;
 pub use backend::{Backend, Failure};
 pub use input::Inputs;
 pub use interrupt::Interrupt;

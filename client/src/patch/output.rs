@@ -136,7 +136,7 @@ fn decoder(decoders: &mut [Decoder; 2], source: Source) -> &mut Decoder {
     }
 }
 
-fn marker(bytes: u64) -> String {
+pub(super) fn marker(bytes: u64) -> String {
     format!("[supvm: {bytes} bytes of output were dropped here]\n")
 }
 

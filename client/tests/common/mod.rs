@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
+pub(crate) mod program;
 pub(crate) mod real;
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

@@ -71,6 +71,11 @@ impl Machine {
         self.agent.path("workspace")
     }
 
+    /// Where the agent itself listens.
+    pub(crate) fn agent_socket(&self) -> PathBuf {
+        self.agent.path("s")
+    }
+
     /// Breaks every connection of clients, as a network would.
     pub(crate) fn cut(&self) {
         self.wire.cut();

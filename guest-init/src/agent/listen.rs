@@ -32,8 +32,6 @@ use crate::reaper::Reaper;
 
 /// Where a machine of its own keeps the list of broken uploads.
 const UPLOADS: &str = "/var/lib/supvm/uploads";
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
 /// How long to wait before accepting again when the system is out of descriptors or memory.
 const RECOVER: Duration = Duration::from_millis(100);
 /// Grace for processes when a signal asks for the end.
@@ -128,8 +126,8 @@ pub(crate) fn serve_vsock(cgroups: Cgroups) -> Result<(), ListenError> {
     let listener = vsock_socket(SockFlag::SOCK_CLOEXEC)?;
     let address = VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT);
     bind(listener.as_raw_fd(), &address).map_err(system("bind vsock port 1024"))?;
-    let backlog = Backlog::new(BACKLOG).map_err(system("choose a backlog"))?;
-    listen(&listener, backlog).map_err(system("listen on vsock port 1024"))?;
+    // As many as the kernel lets wait (4,096): over vsock it resets what has no room.
+    listen(&listener, Backlog::MAXALLOWABLE).map_err(system("listen on vsock port 1024"))?;
 
     log::info(format_args!("event=serving port={AGENT_PORT}"));
     // The doorbell: the host refuses this connection, and knows from it that the agent listens.

@@ -30,6 +30,7 @@ mod listen;
 mod poll;
 mod power;
 mod process;
+mod room;
 mod stream;
 
 #[cfg(fuzzing)]

@@ -18,6 +18,9 @@ use crate::log;
 const MAX_GRACE: Duration = Duration::from_secs(600);
 /// How long killed processes may take to go; longer ones wait for hardware that does not answer.
 const AFTER_KILL: Duration = Duration::from_secs(5);
+/// How long the output of processes that have gone may take to reach its log: longer than others may
+/// hold it open. The same again for writing it.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Answers, then powers off.
 pub(crate) fn answer(
@@ -41,6 +44,9 @@ pub(crate) fn power_off(agent: &Arc<Agent>, grace: Duration) {
         grace.as_millis()
     ));
     signal(agent, Signal::SIGTERM);
+    // Interactive shells hear only that their terminal is gone, and who was stopped hears nothing.
+    agent.registry.hang_up_terminals(&agent.reaper);
+    signal(agent, Signal::SIGCONT);
     if !agent.reaper.wait_for_none(after(grace.min(MAX_GRACE))) {
         signal(agent, Signal::SIGKILL);
         if let Some(groups) = &agent.cgroups {
@@ -52,7 +58,12 @@ pub(crate) fn power_off(agent: &Arc<Agent>, grace: Duration) {
             ));
         }
     }
-    agent.registry.logs.flush();
+    // Their last words are still on the way from the pipes to the log.
+    let left = agent.registry.settle(after(LAST_WORDS));
+    if left > 0 {
+        log::warn(format_args!("event=ends_unseen processes={left}"));
+    }
+    agent.registry.logs.flush(after(LAST_WORDS));
     match agent.machine {
         Machine::Own => shutdown::disks_and_power(),
         Machine::Borrowed => std::process::exit(0),

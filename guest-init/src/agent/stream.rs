@@ -14,6 +14,7 @@ use protocol::{ErrorBody, Frame, Kind};
 
 use super::poll::{self, Interest};
 use super::process::{Piece, as_u64};
+use super::room::{Crowded, Room};
 use crate::log;
 
 /// Bytes taken from the connection in one go.
@@ -35,6 +36,9 @@ pub(crate) enum StreamError {
     /// What came is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// A long frame began while there was no room for one.
+    #[error(transparent)]
+    Crowded(#[from] Crowded),
     /// A message could not be written or read.
     #[error(transparent)]
     Message(#[from] MessageError),
@@ -52,6 +56,7 @@ pub(crate) enum Input {
 pub(crate) struct Stream {
     socket: OwnedFd,
     reader: FrameReader,
+    room: Room,
     output: Vec<u8>,
     sent: usize,
     /// The rest of a data frame, to be sent behind `output`.
@@ -66,6 +71,7 @@ impl Stream {
         Self {
             socket,
             reader: FrameReader::new(),
+            room: Room::default(),
             output: Vec::new(),
             sent: 0,
             data: None,
@@ -114,10 +120,31 @@ impl Stream {
             Err(errno) => return Err(StreamError::Gone(errno)),
         };
         let mut rest = buffer.get(..count).unwrap_or_default();
-        while let Some(frame) = self.reader.push(&mut rest)? {
+        while let Some(frame) = self.take_frame(&mut rest)? {
             frames.push(frame);
         }
         Ok(Input::Frames)
+    }
+
+    /// Takes a frame off the front of the bytes if it ends in them. A frame that cannot be is
+    /// refused by name; the stream cannot go on behind it.
+    pub(crate) fn take_frame(&mut self, bytes: &mut &[u8]) -> Result<Option<Frame>, StreamError> {
+        let mut take = || {
+            let frame = self.reader.push(bytes)?;
+            let held = self.reader.unfinished().map_or(0, |(_, held)| held);
+            self.room.hold(held)?;
+            Ok(frame)
+        };
+        let taken = take();
+        let refusal = match &taken {
+            Err(StreamError::Frame(error)) => ErrorBody::from(MessageError::Frame(*error)),
+            Err(StreamError::Crowded(error)) => (*error).into(),
+            _ => return taken,
+        };
+        // As far as the connection takes it now: nobody is waited for.
+        self.queue(&refusal)?;
+        self.flush()?;
+        taken
     }
 
     /// Lets go of what was sent, so that a peer that reads slowly keeps no more than what waits.

@@ -1,7 +1,12 @@
 //! The last steps of a virtual machine, when no process but this one is left: everything mounted is
-//! unmounted, the root disk is synced and made read-only, and the power goes off.
+//! unmounted, the root disk is synced and made read-only, and the power goes off, also where a disk
+//! or a file system does not answer.
 
+use std::fs::File;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -13,9 +18,49 @@ use crate::system::files;
 /// Longest table of mounts that is read.
 const MAX_TABLE: usize = 4 << 20;
 
+/// How long the disks may take.
+const DISKS: Duration = Duration::from_secs(60);
+
 /// Makes the disks safe and switches the machine off.
 pub(crate) fn disks_and_power() -> ! {
-    nix::unistd::sync();
+    if !within(DISKS, make_safe) {
+        log::error(format_args!(
+            "event=disks_not_safe reason=\"not done within {} s\"",
+            DISKS.as_secs()
+        ));
+    }
+    // On success this does not return.
+    let refused: Result<_, Errno> = reboot(RebootMode::RB_POWER_OFF);
+    log::error(format_args!("event=power_off_failed error={refused:?}"));
+    loop {
+        thread::park();
+    }
+}
+
+/// Does the work in a thread of its own, or here where there can be none; says whether it was done
+/// in time.
+fn within(limit: Duration, work: fn()) -> bool {
+    let (done, is_done) = mpsc::channel();
+    let other = thread::Builder::new().spawn(move || {
+        work();
+        // Whoever waited may have given up.
+        let _ = done.send(());
+    });
+    match other {
+        Ok(_) => is_done.recv_timeout(limit).is_ok(),
+        Err(_) => {
+            work();
+            true
+        }
+    }
+}
+
+fn make_safe() {
+    // The root first: what a user mounted may never answer.
+    let synced = File::open("/").map(nix::unistd::syncfs);
+    if !matches!(synced, Ok(Ok(()))) {
+        log::warn(format_args!("event=root_not_synced error={synced:?}"));
+    }
     // What the user mounted, latest first. Kernel file systems need no unmounting.
     let table = files::read(Path::new("/proc/self/mounts"), MAX_TABLE).unwrap_or_default();
     for place in disk_mounts(&table).into_iter().rev() {
@@ -31,12 +76,6 @@ pub(crate) fn disks_and_power() -> ! {
     if let Err(errno) = mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>) {
         // Its journal was synced above; the next mount replays it.
         log::warn(format_args!("event=root_not_read_only error={errno}"));
-    }
-    // On success this does not return.
-    let refused: Result<_, Errno> = reboot(RebootMode::RB_POWER_OFF);
-    log::error(format_args!("event=power_off_failed error={refused:?}"));
-    loop {
-        std::thread::park();
     }
 }
 
@@ -77,6 +116,14 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_that_does_not_answer_does_not_keep_the_machine_on() {
+        assert!(within(Duration::from_secs(60), || {}));
+        assert!(!within(Duration::from_millis(10), || loop {
+            thread::park();
+        }));
+    }
 
     #[test]
     fn only_what_lies_on_a_device_is_unmounted() {

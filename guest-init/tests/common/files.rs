@@ -33,6 +33,7 @@ pub fn read_request(path: &str) -> ReadFile {
         offset: 0,
         length: None,
         checksum: false,
+        before: 0,
         sparse: false,
         special: false,
     }

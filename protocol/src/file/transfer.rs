@@ -19,6 +19,8 @@ pub struct ReadFile {
     pub length: Option<u64>,
     /// Say the checksum of what was sent in the end.
     pub checksum: bool,
+    /// So many bytes before `offset` count in the checksum, too: the client has them already.
+    pub before: u64,
     /// Send holes as [`FileHole`].
     pub sparse: bool,
     /// Read pipes and devices, too, which may never end.
@@ -47,7 +49,7 @@ pub struct FileHole {
 pub struct ReadEnded {
     /// How many bytes were sent, holes included.
     pub bytes: u64,
-    /// Their checksum if it was asked for.
+    /// Their checksum if it was asked for, with what the request counted in before them.
     pub blake3: Option<[u8; 32]>,
 }
 
@@ -170,12 +172,13 @@ mod tests {
             offset: 300,
             length: Some(1),
             checksum: true,
+            before: 200,
             sparse: false,
             special: true,
         };
         golden(
             &read,
-            b"\x09\0\0\0\x30\x03\0\x01p\xac\x02\x01\x01\x01\0\x01",
+            b"\x0b\0\0\0\x30\x03\0\x01p\xac\x02\x01\x01\x01\xc8\x01\0\x01",
         );
         let info = FileInfo {
             file_type: FileType::Regular,

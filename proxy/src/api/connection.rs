@@ -14,6 +14,7 @@ use yamux::{Config, ConnectionError, DEFAULT_CREDIT, Mode};
 use super::gate::{Gate, Gated};
 use super::quiet::Quiet;
 use super::session::{Greeting, MOST_STREAMS, SPARE_STREAMS, Session};
+use super::strangers::Stranger;
 use super::{Shared, stream};
 
 /// How long a client may take until its `Hello` is here.
@@ -25,13 +26,18 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Bytes that are read of a client before its `Hello` was accepted.
 const BEFORE_HELLO: usize = 128 << 10;
 
-/// Serves one client until it leaves or breaks the rules.
-pub(crate) async fn serve<S>(socket: S, peer: String, max_streams: u32, shared: Arc<Shared>)
-where
+/// Serves one client until it leaves or breaks the rules. It is a stranger until its `Hello` was
+/// accepted.
+pub(crate) async fn serve<S>(
+    socket: S,
+    peer: String,
+    stranger: Option<Stranger>,
+    shared: Arc<Shared>,
+) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let max_streams = max_streams.clamp(1, MOST_STREAMS);
-    let gate = Gate::default();
+    let max_streams = shared.max_streams().clamp(1, MOST_STREAMS);
+    let gate = Gate::new(stranger);
     let gated = Gated::new(socket, gate.clone(), BEFORE_HELLO);
     let mut connection = yamux::Connection::new(gated.compat(), config(max_streams), Mode::Server);
     let session = Arc::new(Session::new(
@@ -201,7 +207,7 @@ mod tests {
         shared: &Arc<Shared>,
     ) -> yamux::Connection<tokio_util::compat::Compat<tokio::io::DuplexStream>> {
         let (near, far) = tokio::io::duplex(1 << 16);
-        tokio::spawn(serve(near, "test".into(), 8, Arc::clone(shared)));
+        tokio::spawn(serve(near, "test".into(), None, Arc::clone(shared)));
         yamux::Connection::new(far.compat(), Config::default(), Mode::Client)
     }
 

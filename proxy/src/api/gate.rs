@@ -1,14 +1,17 @@
 //! A reader that hands out only so many bytes until it is opened: what a stranger can make us hold
-//! before control has accepted the `Hello` is bounded by it, whatever yamux would take.
+//! before control has accepted the `Hello` is bounded by it, whatever yamux would take. Their place
+//! among the strangers is given back when it opens.
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::strangers::Stranger;
 
 /// Opens a [`Gated`] for good.
 #[derive(Clone, Debug, Default)]
@@ -18,12 +21,26 @@ pub(crate) struct Gate(Arc<Shared>);
 struct Shared {
     open: AtomicBool,
     reader: AtomicWaker,
+    stranger: Mutex<Option<Stranger>>,
 }
 
 impl Gate {
+    pub(crate) fn new(stranger: Option<Stranger>) -> Self {
+        Self(Arc::new(Shared {
+            stranger: Mutex::new(stranger),
+            ..Shared::default()
+        }))
+    }
+
     pub(crate) fn open(&self) {
         self.0.open.store(true, Ordering::Release);
         self.0.reader.wake();
+        let mut stranger = self
+            .0
+            .stranger
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *stranger = None;
     }
 }
 

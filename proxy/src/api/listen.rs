@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_rustls::LazyConfigAcceptor;
 
 use super::quiet::Quiet;
+use super::strangers::Stranger;
 use super::tls::server_config;
 use super::{Shared, connection};
 
@@ -109,10 +110,15 @@ async fn accept_tcp(listener: TcpListener, shared: Arc<Shared>) {
                     log_full(&peer.to_string());
                     continue;
                 };
+                let strangers = &shared.strangers;
+                let Some(stranger) = strangers.take(peer.ip(), shared.max_connections()) else {
+                    log_full(&peer.to_string());
+                    continue;
+                };
                 let shared = Arc::clone(&shared);
                 spawn(Arc::clone(&shared), peer.to_string(), async move {
                     let _place = place;
-                    serve_tcp(socket, peer, shared).await;
+                    serve_tcp(socket, peer, stranger, shared).await;
                 });
             }
             Err(error) => log_accept(&error).await,
@@ -132,8 +138,7 @@ pub(crate) async fn accept_unix(listener: UnixListener, shared: Arc<Shared>) {
                 let shared = Arc::clone(&shared);
                 spawn(Arc::clone(&shared), "unix".into(), async move {
                     let _place = place;
-                    let max_streams = shared.max_streams();
-                    connection::serve(socket, "unix".into(), max_streams, shared).await;
+                    connection::serve(socket, "unix".into(), None, shared).await;
                 });
             }
             Err(error) => log_accept(&error).await,
@@ -141,7 +146,7 @@ pub(crate) async fn accept_unix(listener: UnixListener, shared: Arc<Shared>) {
     }
 }
 
-async fn serve_tcp(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
+async fn serve_tcp(socket: TcpStream, peer: SocketAddr, stranger: Stranger, shared: Arc<Shared>) {
     let Some(config) = shared.tls() else { return };
     // Neither can fail on a fresh TCP socket, and neither is worth refusing a client for.
     let _ = socket.set_nodelay(true);
@@ -162,8 +167,7 @@ async fn serve_tcp(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     };
     match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(stream)) => {
-            let max_streams = shared.max_streams();
-            connection::serve(stream, peer.to_string(), max_streams, shared).await;
+            connection::serve(stream, peer.to_string(), Some(stranger), shared).await;
         }
         Ok(Err(error)) => log_handshake(peer, &error.to_string()),
         Err(_) => log_handshake(peer, "took too long"),

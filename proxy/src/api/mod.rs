@@ -10,6 +10,7 @@ pub(crate) mod listen;
 pub(crate) mod quiet;
 mod relay;
 mod session;
+mod strangers;
 mod stream;
 mod tls;
 
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use desk::Desk;
+use strangers::Strangers;
 
 /// Streams of a connection until control has said how many.
 const DEFAULT_STREAMS: u32 = 64;
@@ -32,6 +34,7 @@ pub(crate) struct Shared {
     // Counted apart, so that strangers on the network cannot lock out the host's own user.
     tcp_connections: AtomicU32,
     unix_connections: AtomicU32,
+    strangers: Strangers,
     max_streams: AtomicU32,
     max_connections: AtomicU32,
     tls: RwLock<Option<Arc<rustls::ServerConfig>>>,
@@ -44,6 +47,7 @@ impl Shared {
             panics: AtomicU64::new(0),
             tcp_connections: AtomicU32::new(0),
             unix_connections: AtomicU32::new(0),
+            strangers: Strangers::default(),
             max_streams: AtomicU32::new(DEFAULT_STREAMS),
             max_connections: AtomicU32::new(DEFAULT_CONNECTIONS),
             tls: RwLock::new(None),

@@ -80,20 +80,8 @@ pub(super) async fn measure(client: &Client, made: &VmInfo) -> Result<(), BenchE
     }
 
     let begun = Instant::now();
-    let mut all = tokio::task::JoinSet::new();
-    for number in 0..AT_ONCE {
-        let (client, made) = (client.clone(), made.clone());
-        all.spawn(async move {
-            let line = format!("for i in $(seq {LINES}); do echo {number} $i; done");
-            let wanted: String = (1..=LINES).map(|i| format!("{number} {i}\n")).collect();
-            let done = vm::shell(&client, &made, &line).await?;
-            Ok::<_, BenchError>(done.stdout == wanted)
-        });
-    }
-    while let Some(done) = all.join_next().await {
-        if !done.is_ok_and(|whole| whole.unwrap_or(false)) {
-            return Err(BenchError::Lost("one of many commands".into()));
-        }
+    if !vm::at_once(client, made, AT_ONCE, LINES).await? {
+        return Err(BenchError::Lost("one of many commands".into()));
     }
     row(
         &format!("{AT_ONCE} commands at once, no byte lost"),

@@ -53,6 +53,7 @@ fn read_request(path: &str) -> ReadFile {
         offset: 0,
         length: None,
         checksum: true,
+        before: 0,
         sparse: true,
         special: false,
     }

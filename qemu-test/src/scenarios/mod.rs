@@ -12,6 +12,7 @@ mod host;
 mod housekeeping;
 mod lifecycle;
 mod output;
+mod patches;
 mod processes;
 mod restart;
 mod talk;
@@ -51,6 +52,13 @@ const DEFAULT: Options = Options::DEFAULT;
 const STUCK: Options = Options {
     boot_deadline_s: 15,
     stuck_guest: true,
+    ..DEFAULT
+};
+
+/// For VMs that are made by others, whose size the scenario cannot say (see [`Context::create`]).
+const ONE_CPU: Options = Options {
+    one_cpu: true,
+    ..DEFAULT
 };
 
 macro_rules! scenarios {
@@ -74,6 +82,7 @@ scenarios! {
     guest::the_system_inside_is_clean_and_can_do_what_containers_need, 420, DEFAULT;
     processes::a_process_outlives_its_client_and_obeys_the_next_one, 240, DEFAULT;
     processes::a_terminal_feels_local, 180, DEFAULT;
+    processes::two_hundred_commands_at_once_lose_no_line, 240, DEFAULT;
     files::files_go_both_ways_whole_or_not_at_all, 300, DEFAULT;
     housekeeping::a_vm_knows_the_time_its_names_and_how_it_does, 240, DEFAULT;
     agent::limits_end_a_command_with_their_reason, 240, DEFAULT;
@@ -97,6 +106,9 @@ scenarios! {
     output::three_hundred_megabytes_on_both_outputs_leave_memory_flat, 600, DEFAULT;
     host::vms_and_their_files_outlive_a_reboot_of_the_host, 420, DEFAULT;
     host::an_acknowledged_create_survives_a_power_cut, 420, DEFAULT;
+    patches::patches_use_every_method, 420, ONE_CPU;
+    patches::a_picture_and_a_sound_come_out_as_what_they_are, 300, ONE_CPU;
+    patches::what_a_patch_keeps_is_alive_in_the_next_run, 300, ONE_CPU;
     boot_deadline::a_vm_that_does_not_come_up_leaves_nothing_behind, 240, STUCK;
 }
 

@@ -12,6 +12,7 @@ use protocol::{ErrorCode, Kind};
 
 use super::talk::{self, Talk, eventually, follow, part, shell, until};
 use super::{Context, Failure, ensure};
+use crate::vm;
 
 const SIGINT: u8 = 2;
 const SIGUSR1: u8 = 10;
@@ -41,6 +42,15 @@ pub(crate) async fn a_process_outlives_its_client_and_obeys_the_next_one(
     let timeout_ms = Some(0);
     let gone = protocol::processes::WaitProcess { id, timeout_ms };
     talk.refused(&gone, ErrorCode::NoSuchProcess).await?;
+    context.delete(&made).await
+}
+
+pub(crate) async fn two_hundred_commands_at_once_lose_no_line(
+    context: &mut Context,
+) -> Result<(), Failure> {
+    let made = context.create().await?;
+    let whole = vm::at_once(&context.client, &made, 200, 50).await?;
+    ensure(whole, || "a line is missing".to_owned())?;
     context.delete(&made).await
 }
 

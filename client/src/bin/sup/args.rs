@@ -1,7 +1,7 @@
 //! The command line's grammar. Values are parsed here into what the library takes.
 
 use clap::{Args, Parser, Subcommand};
-use client::protocol::id::{TemplateName, VmName};
+use client::protocol::id::{ProcessId, TemplateName, VmName};
 use client::protocol::vm::VmRef;
 
 /// Linux virtual machines on a supvm appliance.
@@ -71,6 +71,8 @@ pub(crate) enum Task {
     Attach(Attach),
     /// End processes and all that they started, or send them a signal
     Kill(Kill),
+    /// Copy files and directories to a VM, from a VM, or from one to another
+    Cp(crate::copy::Copy),
     /// Print the address of a VM's web server
     Url {
         /// The VM's id or name
@@ -83,6 +85,21 @@ pub(crate) enum Task {
         /// Ids or names
         #[arg(required = true)]
         vms: Vec<VmRef>,
+    },
+    /// Open a VM's web server in the browser; prints the address where there is none
+    Open {
+        /// The VM's id or name
+        vm: VmRef,
+    },
+    /// Run a patch: a script in JavaScript with a global `sup` that gives it VMs
+    #[cfg(feature = "patch")]
+    Run(crate::run::Run),
+    /// Keep how to reach an appliance: its endpoint, your token and its CA certificate
+    Login(crate::login::Login),
+    /// Print what makes a shell complete sup's commands and options
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
     },
     /// Print the version
     Version,
@@ -120,15 +137,8 @@ pub(crate) struct Create {
 pub(crate) struct Exec {
     /// The VM's id or name
     pub(crate) vm: VmRef,
-    /// Where to run it; a relative directory starts at /workspace
-    #[arg(long, default_value = "", hide_default_value = true)]
-    pub(crate) cwd: String,
-    /// An environment variable
-    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
-    pub(crate) env: Vec<(String, String)>,
-    /// The user to run it as, by name or number; without this root
-    #[arg(short, long, default_value = "", hide_default_value = true)]
-    pub(crate) user: String,
+    #[command(flatten)]
+    pub(crate) setting: Setting,
     /// Give the command, one argument, to `sh -c`
     #[arg(long)]
     pub(crate) shell: bool,
@@ -147,13 +157,20 @@ pub(crate) struct Exec {
 pub(crate) struct Shell {
     /// The VM's id or name
     pub(crate) vm: VmRef,
-    /// Where to begin; a relative directory starts at /workspace
+    #[command(flatten)]
+    pub(crate) setting: Setting,
+}
+
+/// Where, with what and as whom a command runs.
+#[derive(Debug, Args)]
+pub(crate) struct Setting {
+    /// Where it runs; a relative directory starts at /workspace
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) cwd: String,
     /// An environment variable
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) env: Vec<(String, String)>,
-    /// The user, by name or number; without this root
+    /// Whose it is, by name or number; without this root
     #[arg(short, long, default_value = "", hide_default_value = true)]
     pub(crate) user: String,
 }
@@ -178,7 +195,7 @@ pub(crate) struct Logs {
     /// The VM's id or name
     pub(crate) vm: VmRef,
     /// The process's id or its beginning
-    pub(crate) process: String,
+    pub(crate) process: ProcessPrefix,
     /// Go on until the process ends
     #[arg(short, long)]
     pub(crate) follow: bool,
@@ -192,7 +209,7 @@ pub(crate) struct Attach {
     /// The VM's id or name
     pub(crate) vm: VmRef,
     /// The process's id or its beginning
-    pub(crate) process: String,
+    pub(crate) process: ProcessPrefix,
 }
 
 #[derive(Debug, Args)]
@@ -201,7 +218,7 @@ pub(crate) struct Kill {
     pub(crate) vm: VmRef,
     /// Ids or their beginnings
     #[arg(required = true)]
-    pub(crate) processes: Vec<String>,
+    pub(crate) processes: Vec<ProcessPrefix>,
     /// Seconds to end by itself before it is made to; without this 5
     #[arg(long, value_name = "SECONDS")]
     pub(crate) grace: Option<u64>,
@@ -235,6 +252,36 @@ impl std::str::FromStr for Ports {
             (Ok(local), Ok(remote)) if remote != 0 => Ok(Self { local, remote }),
             _ => Err("write it as REMOTE or LOCAL:REMOTE, from 1 to 65535"),
         }
+    }
+}
+
+/// A process's id, or as much of its beginning as tells it from others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ProcessPrefix(String);
+
+impl ProcessPrefix {
+    pub(crate) fn fits(&self, id: ProcessId) -> bool {
+        id.to_string().starts_with(&self.0)
+    }
+}
+
+impl std::str::FromStr for ProcessPrefix {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.bytes().all(|digit| digit.is_ascii_hexdigit());
+        if !digits || !(1..=32).contains(&text.len()) {
+            return Err(
+                "an id has 32 hexadecimal digits, its beginning at least one; see `sup ps`",
+            );
+        }
+        Ok(Self(text.to_ascii_lowercase()))
+    }
+}
+
+impl std::fmt::Display for ProcessPrefix {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
     }
 }
 
@@ -287,8 +334,44 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_named_by_hexadecimal_digits_only() {
+        let id = ProcessId([0xab; 16]);
+        for text in ["a", "AB", &"ab".repeat(16)] {
+            assert!(text.parse::<ProcessPrefix>().unwrap().fits(id), "{text}");
+        }
+        assert!(!"ac".parse::<ProcessPrefix>().unwrap().fits(id));
+        for text in ["", "x", "-1", "a b", &"a".repeat(33)] {
+            assert!(text.parse::<ProcessPrefix>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn the_grammar_is_free_of_contradictions() {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_every_option_is_in_the_documentation() {
+        use clap::CommandFactory;
+        let page = concat!(
+            include_str!("../../../../docs/sup.md"),
+            include_str!("../../../../docs/patches.md")
+        );
+        for command in Arguments::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(page.contains(&format!("sup {name}")), "sup {name}");
+            for option in command
+                .get_arguments()
+                .filter(|option| !option.is_hide_set())
+            {
+                if let Some(long) = option.get_long() {
+                    let short = option.get_short().map(|short| format!("`-{short}`"));
+                    let known = page.contains(&format!("--{long}"))
+                        || short.is_some_and(|short| page.contains(&short));
+                    assert!(known, "sup {name} --{long}");
+                }
+            }
+        }
     }
 }

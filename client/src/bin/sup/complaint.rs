@@ -3,6 +3,9 @@
 
 use client::ClientError;
 
+/// What a command line that is wrong exits with, whatever the command; clap's own number.
+const USAGE: u8 = 2;
+
 /// Something to tell the user before leaving.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Complaint {
@@ -10,6 +13,7 @@ pub(crate) struct Complaint {
     why: String,
     advice: String,
     detail: String,
+    usage: bool,
 }
 
 impl Complaint {
@@ -19,6 +23,7 @@ impl Complaint {
             why: why.into(),
             advice: String::new(),
             detail: String::new(),
+            usage: false,
         }
     }
 
@@ -38,6 +43,17 @@ impl Complaint {
     pub(crate) fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = detail.into();
         self
+    }
+
+    /// The command line itself is wrong.
+    pub(crate) fn usage(mut self) -> Self {
+        self.usage = true;
+        self
+    }
+
+    /// What to exit with; `failed` when an appliance or a VM is at fault.
+    pub(crate) fn code(&self, failed: u8) -> u8 {
+        if self.usage { USAGE } else { failed }
     }
 
     pub(crate) fn print(&self) {

@@ -6,7 +6,7 @@ use client::protocol::process::{ProcessEnd, ProcessEnded};
 use client::protocol::vm::VmRef;
 use client::{Client, Command};
 
-use crate::args::{Exec, Shell};
+use crate::args::{Exec, Setting, Shell};
 use crate::complaint::Complaint;
 use crate::session::{INTERRUPTED, Interrupts, Manner, Source, explain, report, stay};
 use crate::terminal;
@@ -28,7 +28,7 @@ pub(crate) async fn run(client: &Client, exec: Exec) -> Result<u8, Complaint> {
 /// A shell at a terminal.
 pub(crate) async fn shell(client: &Client, shell: Shell) -> Result<u8, Complaint> {
     let command = drawn(Command::shell(LOGIN_SHELL));
-    let command = with(command, shell.cwd, shell.user, shell.env);
+    let command = with(command, shell.setting);
     interact(client, &shell.vm, command, true).await
 }
 
@@ -94,7 +94,8 @@ fn command(exec: Exec) -> Result<Command, Complaint> {
             _ => {
                 return Err(
                     Complaint::new("reading the command", "--shell takes one argument")
-                        .advice("quote the whole line"),
+                        .advice("quote the whole line")
+                        .usage(),
                 );
             }
         }
@@ -102,7 +103,7 @@ fn command(exec: Exec) -> Result<Command, Complaint> {
         Command::argv(arguments)
     };
     let command = if exec.tty { drawn(command) } else { command };
-    Ok(with(command, exec.cwd, exec.user, exec.env))
+    Ok(with(command, exec.setting))
 }
 
 /// Programs draw for the terminal that they are told of.
@@ -113,9 +114,10 @@ fn drawn(command: Command) -> Command {
     }
 }
 
-fn with(command: Command, cwd: String, user: String, env: Vec<(String, String)>) -> Command {
-    env.into_iter()
-        .fold(command.cwd(cwd).user(user), |command, (key, value)| {
-            command.env(key, value)
-        })
+fn with(command: Command, setting: Setting) -> Command {
+    let command = command.cwd(setting.cwd).user(setting.user);
+    setting
+        .env
+        .into_iter()
+        .fold(command, |command, (key, value)| command.env(key, value))
 }

@@ -4,9 +4,13 @@
 mod args;
 mod complaint;
 mod config;
+mod copy;
 mod exec;
+mod login;
 mod network;
 mod processes;
+#[cfg(feature = "patch")]
+mod run;
 mod session;
 mod show;
 mod terminal;
@@ -14,7 +18,7 @@ mod terminal;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use client::protocol::hello::GENERATION;
 use client::protocol::vm::{CreateVm, VmRef};
 use client::{Client, new_vm};
@@ -23,14 +27,13 @@ use args::{Arguments, Create, Task};
 use complaint::Complaint;
 use config::Target;
 
-/// What `sup exec` returns when the command could not be run to its end, through no fault of its
-/// own.
-const EXEC_FAILED: u8 = 255;
+/// What a command whose exit code is that of something it runs returns when there is none.
+const NO_EXIT_CODE: u8 = 255;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let failed = match arguments.task {
-        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) => EXEC_FAILED,
+        Task::Exec(_) | Task::Shell(_) | Task::Attach(_) | Task::Run(_) => NO_EXIT_CODE,
         _ => 1,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -48,7 +51,7 @@ fn main() -> ExitCode {
         .block_on(run(arguments))
         .unwrap_or_else(|complaint| {
             complaint.print();
-            failed
+            complaint.code(failed)
         });
     // A read of standard input may still be blocked; nobody waits for it.
     runtime.shutdown_background();
@@ -78,7 +81,7 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             } else if quiet {
                 vms.iter().map(|vm| format!("{}\n", vm.id)).collect()
             } else {
-                show::table(&vms)
+                show::table(&vms, terminal::colours())
             })
         }
         Task::Inspect { vm } => {
@@ -133,6 +136,9 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             })
             .await
         }
+        Task::Cp(copy) => {
+            with_client(target()?, async |client| copy::run(client, copy).await).await
+        }
         Task::Url { vm } => {
             let url =
                 with_client(target()?, async |client| network::url(client, &vm).await).await?;
@@ -145,6 +151,19 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
             .await
         }
         Task::Rm { vms } => with_client(target()?, async |client| remove(client, vms).await).await,
+        Task::Open { vm } => {
+            let url =
+                with_client(target()?, async |client| network::url(client, &vm).await).await?;
+            network::open(&url).await
+        }
+        #[cfg(feature = "patch")]
+        Task::Run(run) => run::run(target()?, run).await,
+        Task::Login(login) => login::run(&arguments.target, login).await,
+        Task::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "sup", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
         Task::Version => print(&format!(
             "sup {} (protocol generation {})\n",
             env!("CARGO_PKG_VERSION"),

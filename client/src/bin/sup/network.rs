@@ -1,12 +1,15 @@
 //! A VM's web server from here: its URL, the browser, and a port of ours that leads to one of its.
 //! A port is opened on 127.0.0.1 only.
 
+use std::process::Stdio;
+use std::time::Duration;
+
 use client::protocol::vm::VmRef;
 use client::{Client, Vm};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::args::{Forward, Ports};
-use crate::complaint::Complaint;
+use crate::complaint::{Complaint, harmless};
 use crate::session::{INTERRUPTED, Interrupts};
 
 pub(crate) async fn url(client: &Client, vm: &VmRef) -> Result<String, Complaint> {
@@ -18,6 +21,44 @@ pub(crate) async fn url(client: &Client, vm: &VmRef) -> Result<String, Complaint
             .advice(format!("`sup forward {vm} PORT` reaches a port of it")));
     }
     Ok(info.url.to_string())
+}
+
+/// How long the opener may take to say that it cannot; then it is the browser itself.
+const OPENING: Duration = Duration::from_secs(5);
+
+/// In the browser, or printed where there is none.
+pub(crate) async fn open(url: &str) -> Result<u8, Complaint> {
+    if !url.starts_with("https://") && !url.starts_with("http://") {
+        let what = "opening the browser";
+        return Err(Complaint::new(what, format!("`{url}` is no web address")));
+    }
+    if let Some(program) = opener() {
+        let opening = tokio::process::Command::new(program)
+            .arg(url)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        if let Ok(mut opening) = opening {
+            match tokio::time::timeout(OPENING, opening.wait()).await {
+                Ok(Ok(status)) if !status.success() => {}
+                _ => return Ok(0),
+            }
+        }
+    }
+    crate::print(&format!("{}\n", harmless(url)))
+}
+
+/// What opens addresses here, if somebody can see it.
+fn opener() -> Option<&'static str> {
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    if cfg!(target_os = "macos") {
+        Some("open")
+    } else if set("DISPLAY") || set("WAYLAND_DISPLAY") {
+        Some("xdg-open")
+    } else {
+        None
+    }
 }
 
 /// Listens until Ctrl-C.

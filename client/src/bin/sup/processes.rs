@@ -8,9 +8,10 @@ use client::protocol::vm::VmRef;
 use client::{Client, Process, ReadFrom};
 use serde_json::{Value, json};
 
-use crate::args::{Attach, Kill, Logs, Ps};
+use crate::args::{Attach, Kill, Logs, ProcessPrefix, Ps};
 use crate::complaint::{Complaint, harmless};
 use crate::session::{Interrupts, Manner, Source, explain, follow_only, stay};
+use crate::terminal::{self, Colour};
 
 pub(crate) async fn ps(client: &Client, ps: Ps) -> Result<u8, Complaint> {
     let mut list = list(client, &ps.vm).await?;
@@ -20,7 +21,7 @@ pub(crate) async fn ps(client: &Client, ps: Ps) -> Result<u8, Complaint> {
     } else if ps.quiet {
         list.iter().map(|info| format!("{}\n", info.id)).collect()
     } else {
-        table(&list)
+        table(&list, terminal::colours())
     };
     crate::print(&text)
 }
@@ -57,9 +58,9 @@ pub(crate) async fn attach(client: &Client, attach: Attach) -> Result<u8, Compla
 
 pub(crate) async fn kill(client: &Client, kill: Kill) -> Result<u8, Complaint> {
     let mut code = 0;
-    for text in &kill.processes {
+    for prefix in &kill.processes {
         let done = async {
-            let process = find(client, &kill.vm, text).await?;
+            let process = find(client, &kill.vm, prefix).await?;
             let done = match kill.signal {
                 Some(signal) => process.signal(signal).await,
                 None => process
@@ -67,7 +68,7 @@ pub(crate) async fn kill(client: &Client, kill: Kill) -> Result<u8, Complaint> {
                     .await
                     .map(drop),
             };
-            done.map_err(|error| Complaint::of(&format!("ending {text} in {}", kill.vm), &error))
+            done.map_err(|error| Complaint::of(&format!("ending {prefix} in {}", kill.vm), &error))
         };
         if let Err(complaint) = done.await {
             complaint.print();
@@ -83,14 +84,11 @@ async fn list(client: &Client, vm: &VmRef) -> Result<Vec<ProcessInfo>, Complaint
 }
 
 /// The one process whose id begins so.
-async fn find(client: &Client, vm: &VmRef, text: &str) -> Result<Process, Complaint> {
+async fn find(client: &Client, vm: &VmRef, prefix: &ProcessPrefix) -> Result<Process, Complaint> {
     let all = list(client, vm).await?;
-    let wanted = text.to_ascii_lowercase();
-    let mut fitting = all
-        .iter()
-        .filter(|info| info.id.to_string().starts_with(&wanted));
+    let mut fitting = all.iter().filter(|info| prefix.fits(info.id));
     let wrong = |why: &str| {
-        Complaint::new(&format!("finding the process {text} in {vm}"), why)
+        Complaint::new(&format!("finding the process {prefix} in {vm}"), why)
             .advice(format!("`sup ps --all {vm}` lists them"))
     };
     match (fitting.next(), fitting.next()) {
@@ -116,13 +114,17 @@ fn state(info: &ProcessInfo) -> String {
     }
 }
 
-fn table(list: &[ProcessInfo]) -> String {
+fn table(list: &[ProcessInfo], colours: bool) -> String {
     let mut text = format!("{:32}  {:>7}  {:8}  COMMAND\n", "ID", "PID", "STATE");
     for info in list {
-        let line = command(info).replace(['\n', '\t'], " ");
-        let row = format!("{}  {:>7}  {:8}  {line}", info.id, info.pid, state(info));
-        text.push_str(&harmless(&row));
-        text.push('\n');
+        let line = harmless(&command(info).replace(['\n', '\t'], " "));
+        let colour = match &info.ended {
+            None => Colour::Green,
+            Some(ended) if ended.exit_code == 0 => Colour::None,
+            Some(_) => Colour::Red,
+        };
+        let state = colour.paint(&format!("{:8}", state(info)), colours);
+        text.push_str(&format!("{}  {:>7}  {state}  {line}\n", info.id, info.pid));
     }
     text
 }

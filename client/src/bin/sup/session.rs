@@ -19,7 +19,7 @@ const SIGINT: u8 = 2;
 pub(crate) const INTERRUPTED: u8 = 130;
 
 /// What a shell returns for a command whose reader went away (128 + SIGPIPE).
-const READER_GONE: u8 = 141;
+pub(crate) const READER_GONE: u8 = 141;
 
 /// 128 + SIGHUP and 128 + SIGTERM.
 const HUNG_UP: u8 = 129;

@@ -4,40 +4,64 @@ use client::protocol::vm::{EndReason, VmInfo, VmState};
 use serde_json::{Value, json as object};
 
 use crate::complaint::harmless;
+use crate::terminal::Colour;
+
+const HEADING: [&str; 8] = [
+    "ID", "NAME", "STATE", "TEMPLATE", "CPUS", "MEMORY", "DISK", "LABELS",
+];
 
 /// One line per VM under a heading.
-pub(crate) fn table(vms: &[VmInfo]) -> String {
-    let heading = ["ID", "NAME", "STATE", "TEMPLATE", "CPUS", "MEMORY", "DISK"].map(String::from);
-    let mut rows = vec![heading];
+pub(crate) fn table(vms: &[VmInfo], colours: bool) -> String {
+    let mut rows = vec![(HEADING.map(String::from), Colour::None)];
     rows.extend(vms.iter().map(|vm| {
-        [
+        let name = vm.name.as_ref();
+        let labels = vm
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"));
+        let cells = [
             vm.id.to_string(),
-            vm.name
-                .as_ref()
-                .map_or_else(|| "-".into(), ToString::to_string),
+            name.map_or_else(|| "-".into(), ToString::to_string),
             state(vm.state),
             format!("{}@{}", vm.template, vm.template_version),
             vm.cpus.to_string(),
             format!("{}M", vm.memory_mib),
             format!("{}M", vm.disk_mib),
-        ]
+            harmless(&labels.collect::<Vec<_>>().join(",")).replace(['\n', '\t'], " "),
+        ];
+        (cells, colour(vm.state))
     }));
-    let mut widths = [0; 7];
-    for row in &rows {
+    let mut widths = [0; HEADING.len()];
+    for (row, _) in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
+            *width = cell.chars().count().max(*width);
         }
     }
     rows.iter()
-        .map(|row| {
+        .map(|(row, colour)| {
             let cells: Vec<String> = row
                 .iter()
                 .zip(widths)
-                .map(|(cell, width)| format!("{cell:width$}"))
+                .zip(HEADING)
+                .map(|((cell, width), heading)| {
+                    let cell = harmless(&format!("{cell:width$}"));
+                    match heading {
+                        "STATE" => colour.paint(&cell, colours),
+                        _ => cell,
+                    }
+                })
                 .collect();
-            format!("{}\n", harmless(cells.join("  ").trim_end()))
+            format!("{}\n", cells.join("  ").trim_end())
         })
         .collect()
+}
+
+fn colour(state: VmState) -> Colour {
+    match state {
+        VmState::Running => Colour::Green,
+        VmState::Starting | VmState::Stopping => Colour::Yellow,
+        _ => Colour::None,
+    }
 }
 
 /// An array of all there is to know.

@@ -83,8 +83,7 @@ impl Inflow {
     /// Looks at what stands in the buffer between two frames, or within one that comes whole.
     fn begin_frame(&mut self, stream: &mut Stream) -> Result<(), StreamError> {
         let mut rest = self.buffer.get(self.start..self.end).unwrap_or_default();
-        let reader = stream.reader();
-        if reader.finish().is_ok()
+        if stream.reader().finish().is_ok()
             && let Some(head) = rest.first_chunk::<HEADER_LEN>()
         {
             let header = Header::parse(*head)?;
@@ -94,7 +93,7 @@ impl Inflow {
                 return Ok(());
             }
         }
-        if let Some(frame) = reader.push(&mut rest)? {
+        if let Some(frame) = stream.take_frame(&mut rest)? {
             self.whole.push_back(frame);
         }
         self.start = self.end.saturating_sub(rest.len());

@@ -56,6 +56,17 @@ impl<'a> Outflow<'a> {
             .map(|hasher| *hasher.finalize().as_bytes())
     }
 
+    /// Lets somebody hash what counts in the checksum and is not sent.
+    pub(crate) fn hash_before<E>(
+        &mut self,
+        hash: impl FnOnce(&mut blake3::Hasher, &Stream) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match &mut self.hasher {
+            Some(hasher) => hash(hasher, self.stream),
+            None => Ok(()),
+        }
+    }
+
     /// The connection, for waiting.
     pub(crate) fn stream(&self) -> &Stream {
         self.stream

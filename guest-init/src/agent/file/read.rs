@@ -16,6 +16,7 @@ use protocol::file::transfer::{FileHole, ReadEnded, ReadFile, ReadStarted};
 
 use super::error::{invalid, refused};
 use super::outflow::Outflow;
+use super::upload::{HashError, hash_file};
 use super::{info, path};
 use crate::agent::Agent;
 use crate::agent::poll::{self, Interest};
@@ -60,26 +61,18 @@ pub(super) fn serve(
     request: ReadFile,
     mut stream: Stream,
 ) -> Result<(), StreamError> {
-    let (checksum, sparse) = (request.checksum, request.sparse);
-    let path = match path::parse(request.path, &agent.workspace) {
+    let path = match path::parse(request.path.clone(), &agent.workspace) {
         Ok(path) => path,
         Err(error) => return stream.refuse(&error),
     };
     let source = match Source::open(agent, &path, request.special).and_then(|source| {
-        source.check(request.offset, request.length, &path)?;
+        source.check(&request, &path)?;
         Ok(source)
     }) {
         Ok(source) => source,
         Err(error) => return stream.refuse(&error),
     };
-    let sent = source.send(
-        &mut stream,
-        request.offset,
-        request.length,
-        checksum,
-        sparse,
-    );
-    match sent {
+    match source.send(&mut stream, &request) {
         Ok(ended) => stream.finish(&ended),
         Err(Failure::Stream(error)) => Err(error),
         Err(Failure::File(errno)) => stream.refuse(&refused("read", &path, errno)),
@@ -141,10 +134,18 @@ impl Source {
         u64::try_from(self.about.st_size).unwrap_or(0)
     }
 
-    fn check(&self, offset: u64, length: Option<u64>, path: &Path) -> Result<(), ErrorBody> {
-        let end = offset.checked_add(length.unwrap_or(0));
+    fn check(&self, request: &ReadFile, path: &Path) -> Result<(), ErrorBody> {
+        let offset = request.offset;
+        let end = offset.checked_add(request.length.unwrap_or(0));
         if end.is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(refused("read", path, Errno::EOVERFLOW));
+        }
+        let before = request.before;
+        if before > 0 && (before > offset || !request.checksum || self.kind != Content::Stored) {
+            return Err(invalid(format!(
+                "{before} bytes before offset {offset} cannot be counted in a checksum: they have to \
+                 be in a file on a disk, and a checksum has to be asked for"
+            )));
         }
         match self.kind {
             Content::Stored if offset > self.size() => Err(invalid(format!(
@@ -160,27 +161,31 @@ impl Source {
         }
     }
 
-    fn send(
-        &self,
-        stream: &mut Stream,
-        offset: u64,
-        length: Option<u64>,
-        checksum: bool,
-        sparse: bool,
-    ) -> Result<ReadEnded, Failure> {
-        let most = length.unwrap_or(u64::MAX);
+    fn send(&self, stream: &mut Stream, request: &ReadFile) -> Result<ReadEnded, Failure> {
+        let offset = request.offset;
+        let most = request.length.unwrap_or(u64::MAX);
         let total = match self.kind {
             Content::Stored => Some(self.size().saturating_sub(offset).min(most)),
             Content::Made | Content::Stream => None,
         };
-        let mut out = Outflow::new(stream, checksum);
+        let mut out = Outflow::new(stream, request.checksum);
         out.message(&ReadStarted {
             info: info::info(&self.about),
             total,
         })?;
         let limit = total.unwrap_or(most);
+        if request.before > 0 {
+            out.flush()?;
+            let start = offset.saturating_sub(request.before);
+            out.hash_before(|hasher, stream| {
+                hash_file(&self.file, start..offset, hasher, stream).map_err(|error| match error {
+                    HashError::Read(errno) => Failure::File(errno),
+                    HashError::Stream(error) => Failure::Stream(error),
+                })
+            })?;
+        }
         match self.kind {
-            Content::Stored if sparse => self.send_sparse(&mut out, offset, limit)?,
+            Content::Stored if request.sparse => self.send_sparse(&mut out, offset, limit)?,
             _ => self.send_stretch(&mut out, offset, limit)?,
         }
         out.flush()?;
@@ -253,12 +258,15 @@ impl Source {
         Ok(())
     }
 
-    /// The next data or hole at or after `at`, at most `end`.
+    /// The next data or hole at or after `at`, at most `end`; `at` itself where the file ends there.
     fn seek(&self, at: u64, whence: Whence, end: u64) -> Result<u64, Errno> {
         match lseek(&self.file, i64::try_from(at).unwrap_or(i64::MAX), whence) {
             Ok(found) => Ok(u64::try_from(found).unwrap_or(end).clamp(at, end)),
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => Ok(end),
+            // Nothing but a hole up to the file's end, which may have come nearer meanwhile.
+            Err(Errno::ENXIO) => {
+                let size = u64::try_from(fstat(&self.file)?.st_size).unwrap_or(0);
+                Ok(size.min(end).max(at))
+            }
             Err(errno) => Err(errno),
         }
     }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -200,19 +201,20 @@ impl Uploads {
         Ok(Claim {
             uploads: self,
             upload,
-            keep: false,
+            // What an earlier stream left must not be lost by a request that fails.
+            keep: resumable,
         })
     }
 
     /// Removes what is too old, and the oldest of what is too many.
     fn sweep(&self, known: &mut HashMap<UploadId, Known>) {
-        let mut idle: Vec<(Duration, UploadId)> = known
+        let mut idle: Vec<(SystemTime, Duration, UploadId)> = known
             .iter()
-            .filter_map(|(upload, one)| Some((one.left(self.max_age)?, *upload)))
+            .filter_map(|(upload, one)| Some((one.touched, one.left(self.max_age)?, *upload)))
             .collect();
         idle.sort();
         let excess = idle.len().saturating_sub(MAX_KEPT);
-        for (index, (left, upload)) in idle.into_iter().enumerate() {
+        for (index, (_, left, upload)) in idle.into_iter().enumerate() {
             if !left.is_zero() && index >= excess {
                 break;
             }
@@ -250,7 +252,7 @@ impl Uploads {
 pub(crate) struct Claim<'a> {
     uploads: &'a Arc<Uploads>,
     upload: UploadId,
-    /// Whether the file stays when the stream has ended.
+    /// Whether the file, if there is one, stays when the stream has ended.
     keep: bool,
 }
 
@@ -264,11 +266,12 @@ impl Claim<'_> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut known = lock(&self.uploads.known);
-        if self.keep {
-            if let Some(one) = known.get_mut(&self.upload) {
-                one.active = false;
-                one.touched = SystemTime::now();
-            }
+        if let Some(one) = known.get_mut(&self.upload)
+            && self.keep
+            && is_there(&one.file)
+        {
+            one.active = false;
+            one.touched = SystemTime::now();
             self.uploads.sweep(&mut known);
             self.uploads.watch(&mut known);
         } else if let Some(one) = known.remove(&self.upload) {
@@ -277,6 +280,17 @@ impl Drop for Claim<'_> {
             self.uploads.forget(self.upload, one.resumable);
         }
     }
+}
+
+/// Whether there is anything to be kept; also when nobody can look now.
+fn is_there(file: &Path) -> bool {
+    let gone = |error: std::io::Error| {
+        matches!(
+            error.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+        )
+    };
+    !std::fs::symlink_metadata(file).is_err_and(gone)
 }
 
 /// How the hidden file is called.
@@ -344,18 +358,17 @@ pub(super) fn query(
         let path = path::parse(request.path, &agent.workspace)?;
         let hidden = hidden_file(&path, request.upload)?;
         // While it is looked at, nobody writes it.
-        let mut claim = agent.uploads.claim(request.upload, &hidden, true)?;
+        let _claim = agent.uploads.claim(request.upload, &hidden, true)?;
         let place = Place::open(&hidden)?;
         let file = open_kept(&place, request.upload)
             .map_err(|errno| refused("open", &hidden, errno))?
             .ok_or_else(|| no_such(request.upload))?;
-        claim.keep(true);
         let length = fstat(&file)
             .map_err(|errno| refused("look at", &hidden, errno))?
             .st_size;
         let offset = u64::try_from(length).unwrap_or(0);
         let mut hasher = blake3::Hasher::new();
-        hash_file(&file, offset, &mut hasher, &stream).map_err(|error| match error {
+        hash_file(&file, 0..offset, &mut hasher, &stream).map_err(|error| match error {
             HashError::Read(errno) => refused("read", &hidden, errno),
             HashError::Stream(_) => invalid("the client has gone"),
         })?;
@@ -392,17 +405,17 @@ pub(crate) enum HashError {
     Stream(StreamError),
 }
 
-/// Hashes the first `length` bytes, as long as somebody waits for it.
+/// Hashes these bytes of a file, as long as somebody waits for it.
 pub(crate) fn hash_file(
     file: &OwnedFd,
-    length: u64,
+    range: Range<u64>,
     hasher: &mut blake3::Hasher,
     stream: &Stream,
 ) -> Result<(), HashError> {
     let mut buffer = vec![0; CHUNK];
-    let (mut at, mut unlooked): (u64, u64) = (0, 0);
-    while at < length {
-        let left = length.saturating_sub(at);
+    let (mut at, mut unlooked): (u64, u64) = (range.start, 0);
+    while at < range.end {
+        let left = range.end.saturating_sub(at);
         let turn = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
         let offset = i64::try_from(at).map_err(|_| HashError::Read(Errno::EOVERFLOW))?;
         let room = buffer.get_mut(..turn).unwrap_or_default();
@@ -476,9 +489,8 @@ mod tests {
 
     fn leave(uploads: &Arc<Uploads>, directory: &Path, upload: UploadId) -> PathBuf {
         let file = directory.join(hidden_name(upload));
-        let mut claim = uploads.claim(upload, &file, true).unwrap();
+        let claim = uploads.claim(upload, &file, true).unwrap();
         std::fs::write(&file, b"half").unwrap();
-        claim.keep(true);
         drop(claim);
         file
     }
@@ -515,7 +527,7 @@ mod tests {
         assert!(!old.exists());
         assert!(new.exists());
         assert_eq!(std::fs::read_dir(&index).unwrap().count(), 1);
-        drop(uploads.claim(id(2), &new, true).unwrap());
+        uploads.claim(id(2), &new, true).unwrap().keep(false);
         assert!(!new.exists(), "one that is not kept goes at once");
         assert_eq!(std::fs::read_dir(&index).unwrap().count(), 0);
     }
@@ -577,6 +589,19 @@ mod tests {
         assert!(!file.exists());
         assert!(kept.exists());
         assert_eq!(std::fs::read_dir(&index).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_only_asked_for_takes_no_place_among_what_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let uploads = Uploads::kept_in(None);
+        let kept = leave(&uploads, directory.path(), id(1));
+        for number in 2..MAX_KEPT + 9 {
+            let file = directory.path().join(hidden_name(id(number)));
+            drop(uploads.claim(id(number), &file, true).unwrap());
+        }
+        assert!(kept.exists());
+        assert_eq!(lock(&uploads.known).len(), 1);
     }
 
     #[test]

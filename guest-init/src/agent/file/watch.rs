@@ -29,8 +29,12 @@ const MAX_WATCHED: usize = 8192;
 const MAX_DEPTH: usize = 128;
 /// Nothing more is read from the kernel while so many bytes wait for the client.
 const MAX_WAITING: usize = 256 << 10;
-/// Changes in one message.
+/// Changes in one message, and bytes of their paths after which it is full.
 const BATCH: usize = 1024;
+const BATCH_BYTES: usize = 64 << 10;
+/// Changes, and bytes of their paths, that are held at once; what is more is told as lost.
+const MAX_TOLD: usize = 8192;
+const MAX_TOLD_BYTES: usize = 1 << 20;
 
 /// Serves a watch until the client ends it.
 pub(super) fn serve(
@@ -51,13 +55,48 @@ pub(super) fn serve(
     }
 }
 
-fn send(stream: &mut Stream, mut events: Vec<FileEvent>) -> Result<(), StreamError> {
-    while !events.is_empty() {
-        let later = events.split_off(events.len().min(BATCH));
+fn send(stream: &mut Stream, told: Told) -> Result<(), StreamError> {
+    let mut batch = Told::default();
+    for event in told.events {
+        if batch.events.len() >= BATCH || batch.bytes >= BATCH_BYTES {
+            let events = std::mem::take(&mut batch).events;
+            stream.queue(&FileEvents { events })?;
+        }
+        batch.push(event);
+    }
+    let events = batch.events;
+    if !events.is_empty() {
         stream.queue(&FileEvents { events })?;
-        events = later;
     }
     Ok(())
+}
+
+/// Changes on their way to the client, no more than memory should hold.
+#[derive(Default)]
+struct Told {
+    events: Vec<FileEvent>,
+    bytes: usize,
+}
+
+impl Told {
+    fn push(&mut self, event: FileEvent) {
+        self.bytes = self.bytes.saturating_add(event.path.len());
+        self.events.push(event);
+    }
+
+    fn is_full(&self) -> bool {
+        self.events.len() >= MAX_TOLD || self.bytes >= MAX_TOLD_BYTES
+    }
+
+    /// The client has to look for itself. What is not watched it could not see there.
+    fn overflow(&mut self) {
+        let mut events = std::mem::take(self).events;
+        events.retain(|event| event.change == FileChange::NotWatched);
+        self.push(event(FileChange::Overflow, Vec::new(), true));
+        for event in events {
+            self.push(event);
+        }
+    }
 }
 
 struct Watch {
@@ -78,7 +117,7 @@ fn event(change: FileChange, path: Vec<u8>, directory: bool) -> FileEvent {
 }
 
 impl Watch {
-    fn begin(root: PathBuf, recursive: bool) -> Result<(Self, Vec<FileEvent>), ErrorBody> {
+    fn begin(root: PathBuf, recursive: bool) -> Result<(Self, Told), ErrorBody> {
         let failed = |errno| match errno {
             Errno::ENOSPC | Errno::EMFILE => {
                 let message = format!(
@@ -102,7 +141,7 @@ impl Watch {
             paths: HashMap::new(),
         };
         watch.add(handle.as_fd(), Vec::new()).map_err(failed)?;
-        let mut missed = Vec::new();
+        let mut missed = Told::default();
         if watch.recursive {
             let top = Entries::open(&root).map_err(failed)?;
             watch.look_through(top, Vec::new(), false, &mut missed);
@@ -141,20 +180,17 @@ impl Watch {
                         return stream.refuse(&refused("watch", &self.root, errno));
                     }
                 };
-                let mut events = Vec::new();
+                let mut told = Told::default();
                 for one in raw {
-                    self.take(one, &mut events);
+                    self.take(one, &mut told);
                 }
-                send(&mut stream, events)?;
+                send(&mut stream, told)?;
             }
         }
     }
 
     /// Watches what is open. A directory that is watched already gets its new path.
     fn add(&mut self, handle: BorrowedFd<'_>, path: Vec<u8>) -> Result<(), Errno> {
-        if self.paths.len() >= MAX_WATCHED {
-            return Err(Errno::ENOSPC);
-        }
         let flags = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_MODIFY
             | AddWatchFlags::IN_CLOSE_WRITE
@@ -166,20 +202,20 @@ impl Watch {
             | AddWatchFlags::IN_MOVE_SELF;
         let name = format!("/proc/self/fd/{}", handle.as_raw_fd());
         let descriptor = self.inotify.add_watch(name.as_str(), flags)?;
+        if self.paths.len() >= MAX_WATCHED && !self.paths.contains_key(&descriptor) {
+            // It ends with the directory if not here.
+            let _ = self.inotify.rm_watch(descriptor);
+            return Err(Errno::ENOSPC);
+        }
         self.paths.insert(descriptor, path);
         Ok(())
     }
 
     /// Watches the directories below `top`, and with `tell` says what is in them: it came before
-    /// anybody watched.
-    fn look_through(
-        &mut self,
-        top: Entries,
-        path: Vec<u8>,
-        tell: bool,
-        events: &mut Vec<FileEvent>,
-    ) {
+    /// anybody watched. All of them are watched, also when there is too much in them to be told.
+    fn look_through(&mut self, top: Entries, path: Vec<u8>, mut tell: bool, told: &mut Told) {
         let mut levels = vec![(top, path.len())];
+        let start = path.len();
         let mut path = path;
         while let Some((entries, prefix)) = levels.last_mut() {
             path.truncate(*prefix);
@@ -198,7 +234,11 @@ impl Watch {
                 kind => kind == libc::DT_DIR,
             };
             if tell {
-                events.push(event(FileChange::Created, path.clone(), is_directory));
+                told.push(event(FileChange::Created, path.clone(), is_directory));
+                if told.is_full() {
+                    told.overflow();
+                    tell = false;
+                }
             }
             if !is_directory {
                 continue;
@@ -213,18 +253,24 @@ impl Watch {
             };
             match watched {
                 Ok(()) => levels.push((below, path.len())),
-                Err(_) => events.push(event(FileChange::NotWatched, path.clone(), true)),
+                Err(_) => told.push(event(FileChange::NotWatched, path.clone(), true)),
             }
-            if events.len() >= BATCH.saturating_mul(8) {
-                // As much as memory should hold; the client has to look for itself.
-                events.clear();
-                events.push(event(FileChange::Overflow, Vec::new(), true));
+            if told.is_full() {
+                told.overflow();
+                tell = false;
+            }
+            if told.is_full() {
+                // More directories are not watched than can be named.
+                path.truncate(start);
+                *told = Told::default();
+                told.overflow();
+                told.push(event(FileChange::NotWatched, path, true));
                 return;
             }
         }
     }
 
-    fn take(&mut self, raw: InotifyEvent, events: &mut Vec<FileEvent>) {
+    fn take(&mut self, raw: InotifyEvent, events: &mut Told) {
         let mask = raw.mask;
         let has = |flag| mask.contains(flag);
         if has(AddWatchFlags::IN_Q_OVERFLOW) {
@@ -290,7 +336,7 @@ impl Watch {
     }
 
     /// A directory has come: it is watched, and what is in it already is told.
-    fn watch_new(&mut self, path: Vec<u8>, events: &mut Vec<FileEvent>) {
+    fn watch_new(&mut self, path: Vec<u8>, events: &mut Told) {
         let place = self.root.join(OsStr::from_bytes(&path));
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let Ok(directory) = open(&place, flags, Mode::empty()) else {
@@ -323,7 +369,7 @@ impl Watch {
     }
 
     /// Directories may have come unseen.
-    fn again(&mut self, events: &mut Vec<FileEvent>) {
+    fn again(&mut self, events: &mut Told) {
         if self.recursive
             && let Ok(top) = Entries::open(&self.root)
         {

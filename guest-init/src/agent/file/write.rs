@@ -3,7 +3,7 @@
 //! one, never a half. Appending is the exception, and writes as it comes.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +52,18 @@ fn take(
     early: Vec<Frame>,
 ) -> Result<FileWritten, Failure> {
     let mut sink = Sink::open(agent, request)?;
+    let filled = fill(&mut sink, stream, early);
+    filled.map_err(|failure| match failure {
+        Failure::Refused(error) => Failure::Refused(Box::new(sink.explain(*error))),
+        gone @ Failure::Stream(_) => gone,
+    })
+}
+
+fn fill(
+    sink: &mut Sink<'_>,
+    stream: &mut Stream,
+    early: Vec<Frame>,
+) -> Result<FileWritten, Failure> {
     sink.prepare(stream)?;
     stream.queue(&WriteStarted {})?;
     let mut inflow = Inflow::new(early);
@@ -164,11 +176,9 @@ impl<'a> Sink<'a> {
         };
         let hidden = parent.join(upload::hidden_name(upload));
         let resumable = request.upload.is_some();
-        let mut claim = agent.uploads.claim(upload, &hidden, resumable)?;
+        let claim = agent.uploads.claim(upload, &hidden, resumable)?;
         let mut place = Place::open(&hidden)?;
         place.name = name;
-        // What an earlier stream left must not be lost by a request that is refused.
-        claim.keep(resumable);
         let file = open_hidden(&place, upload, request.offset, &path)?;
         Ok(Self {
             path,
@@ -207,26 +217,32 @@ impl<'a> Sink<'a> {
     fn write(&mut self, data: &[u8]) -> Result<(), Failure> {
         let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
         self.check_room(length)?;
-        if let Err(error) = self.file.write_all(data) {
-            let error = failed("write", &self.path, &error);
-            self.settle();
-            return Err(error.into());
-        }
         if let Some(hasher) = &mut self.hasher {
             hasher.update(data);
         }
-        self.at = self.at.saturating_add(length);
+        let mut rest = data;
+        while !rest.is_empty() {
+            let count = match self.file.write(rest) {
+                Ok(0) => return Err(refused("write", &self.path, Errno::EIO).into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // What got in stays: it is counted, and an append may have others' bytes behind it.
+                Err(error) => return Err(failed("write", &self.path, &error).into()),
+            };
+            rest = rest.get(count..).unwrap_or_default();
+            self.at = self
+                .at
+                .saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
+        }
         self.behind.written(&self.file, self.at);
         Ok(())
     }
 
-    /// After a failed write: what is kept ends where the last whole piece ends.
-    fn settle(&mut self) {
-        // If even that fails, whoever resumes finds out by the checksum.
-        let _ = ftruncate(&self.file, i64::try_from(self.at).unwrap_or(i64::MAX));
-    }
-
     fn leave_hole(&mut self, length: u64, stream: &Stream) -> Result<(), Failure> {
+        if matches!(self.goal, Goal::Append) {
+            // To set the file's length would cut off what others append meanwhile.
+            return Err(invalid("a hole has no place in an append; send the zeros").into());
+        }
         self.check_room(length)?;
         let end = self.at.checked_add(length);
         let end = end
@@ -262,6 +278,17 @@ impl<'a> Sink<'a> {
         )
     }
 
+    /// Of an append that fails half-way: how much of it is in the file.
+    fn explain(&self, mut error: ErrorBody) -> ErrorBody {
+        if matches!(self.goal, Goal::Append) {
+            let appended = self.at.saturating_sub(self.base);
+            error.message += &format!("; {appended} bytes were appended before that");
+            let line = if error.detail.is_empty() { "" } else { "\n" };
+            error.detail += &format!("{line}appended {appended}");
+        }
+        error
+    }
+
     fn keep(&mut self, keep: bool) {
         if let Goal::Rename {
             claim, resumable, ..
@@ -271,7 +298,7 @@ impl<'a> Sink<'a> {
         }
     }
 
-    fn finish(mut self, end: &WriteEnd, stream: &Stream) -> Result<FileWritten, Failure> {
+    fn finish(&mut self, end: &WriteEnd, stream: &Stream) -> Result<FileWritten, Failure> {
         let sent = self.at.saturating_sub(self.base);
         if let Some(size) = self.size
             && size != sent
@@ -297,8 +324,13 @@ impl<'a> Sink<'a> {
             return Err(error.retryable().into());
         }
         self.commit()?;
+        let size = match self.goal {
+            Goal::Rename { .. } => self.at,
+            // Others may have appended, too.
+            Goal::Append => length(&self.file, &self.path)?,
+        };
         Ok(FileWritten {
-            size: self.at,
+            size,
             blake3: checksum,
         })
     }
@@ -396,7 +428,7 @@ fn hash(
     stream: &Stream,
     path: &Path,
 ) -> Result<(), Failure> {
-    upload::hash_file(file, length, hasher, stream).map_err(|error| match error {
+    upload::hash_file(file, 0..length, hasher, stream).map_err(|error| match error {
         HashError::Read(errno) => Failure::from(refused("read", path, errno)),
         HashError::Stream(error) => Failure::from(error),
     })

@@ -9,6 +9,7 @@ use protocol::process::{ProcessEnd, ProcessEnded};
 
 use super::command::Command;
 use super::spawn::{SpawnError, Stage};
+use super::start;
 use crate::reaper::Status;
 
 /// What made a process end, beside itself.
@@ -86,6 +87,9 @@ fn plain_end(status: Status, out_of_memory: bool, output_open: bool) -> ProcessE
 pub(crate) fn not_started(command: &Command, error: SpawnError) -> ProcessEnded {
     let name = &command.name;
     let directory = &command.directory;
+    if let (Stage::Late, Errno::ETIMEDOUT) = (error.stage, error.errno) {
+        return late(command);
+    }
     let (end, exit_code, message) = match (error.stage, error.errno) {
         (Stage::Execute, Errno::ENOENT | Errno::ENOTDIR) => {
             (ProcessEnd::NotFound, 127, format!("not found: {name}"))
@@ -124,6 +128,31 @@ pub(crate) fn not_started(command: &Command, error: SpawnError) -> ProcessEnded 
         signal: 0,
         output_open: false,
         message,
+    }
+}
+
+/// The message for a process that did not become its program in time.
+fn late(command: &Command) -> ProcessEnded {
+    let patience = start::patience(command);
+    if command.deadline == Some(patience) {
+        let cause = Cause {
+            timed_out: Some(patience),
+            ..Cause::default()
+        };
+        return ended(Status::Signal(9), cause, false);
+    }
+    ProcessEnded {
+        end: ProcessEnd::StartFailed,
+        exit_code: 126,
+        signal: 0,
+        output_open: false,
+        message: format!(
+            "cannot start {}: it could neither enter {} nor begin within {} s; look whether a file \
+             system hangs",
+            command.name,
+            command.directory,
+            patience.as_secs()
+        ),
     }
 }
 

@@ -62,6 +62,15 @@ pub(crate) struct Body {
     pub(crate) wake: EventFd,
 }
 
+impl Body {
+    /// Somebody is about to end it.
+    pub(crate) fn expect_end(&self) {
+        if let Some(group) = &self.group {
+            group.expect_end();
+        }
+    }
+}
+
 /// See the module.
 pub(crate) struct Process {
     pub(crate) id: ProcessId,
@@ -124,24 +133,35 @@ impl Process {
             fingerprint: None,
         };
         let dropped = head.saturating_sub(segments.bytes());
+        // One that has ended without a number was never started; one that was lost may have run.
+        let pid = match info.pid {
+            0 if has_ended => OnceLock::new(),
+            pid => OnceLock::from(pid),
+        };
         Self {
             output: Mutex::new(Output::past(phase, head, dropped)),
             segments: Mutex::new(segments),
-            pid: OnceLock::from(info.pid),
+            pid,
             ..Self::new(id, info.number, about, true)
         }
     }
 
-    /// It runs.
-    pub(crate) fn set_running(&self, body: Body) -> Arc<Body> {
+    /// There is a child, which is to become the program.
+    pub(crate) fn embody(&self, body: Body) -> Arc<Body> {
         let body = Arc::new(body);
-        // Set once: a process is started once.
-        let _ = self.pid.set(body.child.pid.unsigned_abs());
         *lock(&self.body) = Some(Arc::clone(&body));
+        body
+    }
+
+    /// The child has become the program.
+    pub(crate) fn set_running(&self) {
+        if let Some(body) = self.body() {
+            // Set once: a process is started once.
+            let _ = self.pid.set(body.child.pid.unsigned_abs());
+        }
         let mut output = lock(&self.output);
         output.phase = Phase::Running;
         output.notify();
-        body
     }
 
     /// It has ended, or never ran.
@@ -152,6 +172,16 @@ impl Process {
             unix_ms: unix_ms(),
         };
         output.notify();
+    }
+
+    /// Nobody knows yet whether it will run.
+    pub(crate) fn is_starting(&self) -> bool {
+        matches!(lock(&self.output).phase, Phase::Starting)
+    }
+
+    /// It was not to be started after all, and whoever found it before that has found nothing.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(lock(&self.output).phase, Phase::Refused)
     }
 
     /// The child and its group, while the process runs.
@@ -211,6 +241,10 @@ impl Process {
         let Some(body) = self.body() else {
             return false;
         };
+        let ends = [libc::SIGTERM, libc::SIGKILL].contains(&i32::from(signal));
+        if ends && body.child.status().is_none() {
+            body.expect_end();
+        }
         let sent = reaper.signal_group(&body.child, signal);
         // SIGKILL is no request that a child could have been shielded from by a group of its own,
         // or by the main process's having ended before it.

@@ -1,16 +1,17 @@
 //! The logs of all processes on the disk: one thread writes them, in large pieces and some time
-//! after the output came, so that no process, no reader and no short command waits for the disk.
-//! Keeps the bounds. A disk that takes nothing is tried again with the next output and stops nobody.
+//! after the output came, so that no process, no reader and no short command waits for the disk. Only
+//! that a process is about to start is written at once, by its own thread: into the system's memory,
+//! which an agent's crash leaves alone. Keeps the bounds. A disk that takes nothing is tried again with the next output and stops nobody.
 
 use std::collections::VecDeque;
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::life::Process;
+use super::segment::Segments;
 use crate::agent::lock;
 use crate::log;
 
@@ -20,6 +21,8 @@ pub(crate) const MAX_LOG: u64 = 64 << 20;
 pub(crate) const MAX_LOGS: u64 = 512 << 20;
 /// Output is written at the latest so long after it came.
 const LATER: Duration = Duration::from_secs(1);
+/// A disk that has not taken a start's record for so long is not waited for by others.
+const STUCK: Duration = Duration::from_secs(1);
 /// Writes for one process before others have their turn.
 const ROUNDS: u32 = 4;
 /// Pieces of one write.
@@ -32,6 +35,37 @@ pub(crate) struct Logs {
     wake: Condvar,
     /// The sizes of all logs together.
     total: AtomicU64,
+    /// Since when starts wait for the disk.
+    announcing: Mutex<Vec<Instant>>,
+}
+
+/// A start that writes its record. While one of them does not come back, others do without theirs: a
+/// file system that was frozen must not keep anybody from the command that thaws it.
+struct Announcement<'a> {
+    all: &'a Mutex<Vec<Instant>>,
+    since: Instant,
+}
+
+impl<'a> Announcement<'a> {
+    fn begin(all: &'a Mutex<Vec<Instant>>) -> Option<Self> {
+        let since = Instant::now();
+        let mut waiting = lock(all);
+        let is_stuck = |begun: &Instant| since.saturating_duration_since(*begun) > STUCK;
+        if waiting.iter().any(is_stuck) {
+            return None;
+        }
+        waiting.push(since);
+        Some(Self { all, since })
+    }
+}
+
+impl Drop for Announcement<'_> {
+    fn drop(&mut self) {
+        let mut waiting = lock(self.all);
+        if let Some(own) = waiting.iter().position(|begun| *begun == self.since) {
+            waiting.swap_remove(own);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -40,6 +74,21 @@ struct Queue {
     later: VecDeque<(Instant, Arc<Process>)>,
     /// The writer sleeps until somebody wakes it.
     idle: bool,
+    /// Whom the writer has taken out last; it may still be at it.
+    at_work: Option<Arc<Process>>,
+}
+
+impl Queue {
+    /// Who is first, due or not.
+    fn pop(&mut self) -> Option<Arc<Process>> {
+        if let Some(process) = self.now.pop_front() {
+            lock(&process.output).queued.now = false;
+            return Some(process);
+        }
+        let (_, process) = self.later.pop_front()?;
+        lock(&process.output).queued.later = false;
+        Some(process)
+    }
 }
 
 impl Logs {
@@ -50,6 +99,7 @@ impl Logs {
             queue: Mutex::default(),
             wake: Condvar::new(),
             total: AtomicU64::new(total),
+            announcing: Mutex::default(),
         }
     }
 
@@ -81,6 +131,24 @@ impl Logs {
 
     pub(crate) fn directory(&self) -> Option<&Path> {
         self.directory.as_deref()
+    }
+
+    /// Writes that the process is about to be started, so that its id is known also to an agent that
+    /// comes after this one. A disk that does not take it, or has not for a while taken that of
+    /// another, is no reason not to start.
+    pub(crate) fn announce(&self, process: &Process) {
+        let Some(directory) = &self.directory else {
+            return;
+        };
+        let Some(announcement) = Announcement::begin(&self.announcing) else {
+            log::warn(format_args!("event=process_unrecorded id={}", process.id));
+            return;
+        };
+        let mut segments = lock(&process.segments);
+        self.counted(process, &mut segments, |segments| {
+            segments.open(directory, &process.info())
+        });
+        drop((segments, announcement));
     }
 
     /// Output has come or the process has ended: has it written in time.
@@ -139,20 +207,17 @@ impl Logs {
 
     fn next(&self) -> Arc<Process> {
         let mut queue = lock(&self.queue);
+        queue.at_work = None;
         loop {
-            if let Some(process) = queue.now.pop_front() {
-                lock(&process.output).queued.now = false;
+            let now = Instant::now();
+            let due = queue.later.front().map(|(at, _)| *at);
+            let is_due = !queue.now.is_empty() || due.is_some_and(|at| at <= now);
+            if is_due && let Some(process) = queue.pop() {
+                queue.at_work = Some(Arc::clone(&process));
                 return process;
             }
-            let now = Instant::now();
-            match queue.later.front() {
-                Some((at, _)) if *at <= now => {
-                    if let Some((_, process)) = queue.later.pop_front() {
-                        lock(&process.output).queued.later = false;
-                        return process;
-                    }
-                }
-                Some((at, _)) => {
+            match due {
+                Some(at) => {
                     let left = at.saturating_duration_since(now);
                     let waited = self.wake.wait_timeout(queue, left);
                     queue = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -168,22 +233,23 @@ impl Logs {
         }
     }
 
-    /// Writes everything that waits; for the end of the run.
-    pub(crate) fn flush(&self) {
+    /// Writes everything that waits, until the deadline; for the end of the run.
+    pub(crate) fn flush(&self, deadline: Instant) {
         let Some(directory) = &self.directory else {
             return;
         };
-        loop {
+        while Instant::now() < deadline {
             let process = {
                 let mut queue = lock(&self.queue);
-                let later = |queue: &mut Queue| queue.later.pop_front().map(|(_, one)| one);
-                queue.now.pop_front().or_else(|| later(&mut queue))
+                // What the writer is at is written again, which waits for it and finds nothing.
+                queue.pop().or_else(|| queue.at_work.take())
             };
             match process {
                 Some(process) => self.write(directory, &process),
                 None => return,
             }
         }
+        log::warn(format_args!("event=process_logs_unfinished"));
     }
 
     /// Writes what one process has for its log.
@@ -197,29 +263,11 @@ impl Logs {
                 break;
             }
             let about = process.info();
-            let before = segments.size();
-            let mut written = segments.write(directory, &about, start, &pieces);
-            if written
-                .as_ref()
-                .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-            {
-                // The directory is not there yet, or not any more.
-                let _ = DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o700)
-                    .create(directory);
-                written = segments.write(directory, &about, start, &pieces);
-            }
-            let grown = segments.size().saturating_sub(before);
-            self.total.fetch_add(grown, Ordering::Relaxed);
+            let written = self.counted(process, &mut segments, |segments| {
+                segments.write(directory, &about, start, &pieces)
+            });
             let length: u64 = pieces.iter().map(super::piece::Piece::len).sum();
             drop(pieces);
-            if let Err(error) = &written {
-                log::warn(format_args!(
-                    "event=process_log_failed id={} error=\"{error}\"",
-                    process.id
-                ));
-            }
             let mut dropped: u64 = 0;
             while segments.bytes() > MAX_LOG {
                 let Some((bytes, size)) = segments.drop_oldest() else {
@@ -230,7 +278,7 @@ impl Logs {
             }
             let mut output = lock(&process.output);
             output.dropped = output.dropped.saturating_add(dropped);
-            works = written.is_ok();
+            works = written;
             if works {
                 output.log_written(start, start.saturating_add(length));
             } else {
@@ -248,11 +296,52 @@ impl Logs {
             return;
         }
         let ended = lock(&process.output).has_ended();
-        if ended && let Err(error) = segments.finish(&process.info()) {
+        if ended {
+            self.counted(process, &mut segments, |segments| {
+                segments.finish(directory, &process.info())
+            });
+        }
+    }
+
+    /// Writes, and counts by how much the log has grown. Says whether it was written.
+    fn counted(
+        &self,
+        process: &Process,
+        segments: &mut Segments,
+        write: impl FnOnce(&mut Segments) -> io::Result<()>,
+    ) -> bool {
+        let before = segments.size();
+        let written = write(segments);
+        let after = segments.size();
+        self.total
+            .fetch_add(after.saturating_sub(before), Ordering::Relaxed);
+        self.count_removed(before.saturating_sub(after));
+        if let Err(error) = &written {
             log::warn(format_args!(
                 "event=process_log_failed id={} error=\"{error}\"",
                 process.id
             ));
         }
+        written.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_hangs_holds_up_the_starts_of_its_first_second_only() {
+        let all = Mutex::default();
+        let first = Announcement::begin(&all).unwrap();
+        drop(Announcement::begin(&all).unwrap());
+        let long_ago = first.since.checked_sub(2 * STUCK).unwrap();
+        lock(&all)[0] = long_ago;
+        assert!(Announcement::begin(&all).is_none());
+        drop(Announcement {
+            all: &all,
+            since: long_ago,
+        });
+        assert!(Announcement::begin(&all).is_some());
     }
 }

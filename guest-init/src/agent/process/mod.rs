@@ -6,6 +6,7 @@ mod command;
 mod drain;
 mod ending;
 mod input;
+mod kill;
 mod life;
 mod logs;
 mod output;
@@ -35,7 +36,6 @@ pub(crate) use terminal::Terminals;
 #[cfg(fuzzing)]
 pub(crate) use user::fuzz as fuzz_users;
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -45,18 +45,15 @@ use protocol::process::{ProcessStarted, StartProcess};
 use protocol::processes::{AttachProcess, KillProcess, SendSignal, WaitProcess, WriteStdin};
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
-use super::poll::{self, Interest};
+use super::Agent;
 use super::stream::{Stream, StreamError};
-use super::{Agent, lock};
 #[cfg(not(fuzzing))]
 use command::Command;
 use life::Process;
-use output::Phase;
 use reader::Reader;
 use registry::Claim;
 use session::Client;
 use start::NotStarted;
-use watcher::Watcher;
 
 /// Whether a frame of this kind begins a stream that is served here.
 pub(crate) fn is_request(kind: Kind) -> bool {
@@ -115,7 +112,7 @@ pub(crate) fn serve(
             agent,
             (request, stream),
             |request: &KillProcess| request.id,
-            |process, request, stream| requests::kill(agent, process, request, stream),
+            |process, request, stream| kill::kill(agent, process, request, stream),
         ),
         Kind::REMOVE_PROCESS => with(request, stream, |request, stream| {
             requests::remove(agent, &request, stream)
@@ -187,8 +184,7 @@ fn run(
         }
         Err(NotStarted::Failed(error)) => {
             let ended = ending::not_started(&command, error);
-            process.set_ended(ended.clone());
-            let forgotten = agent.registry.retire(&process);
+            let forgotten = agent.registry.retire(&process, ended.clone());
             let told = stream.finish(&ended);
             if let Some(gone) = forgotten {
                 gone.remove_log(&agent.registry.logs);
@@ -228,32 +224,16 @@ fn tell<M: Message>(mut stream: Stream, message: &M) {
 fn join(
     agent: &Arc<Agent>,
     process: &Arc<Process>,
-    mut stream: Stream,
+    stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
-    let watcher = Watcher::new().map_err(StreamError::Gone)?;
-    lock(&process.output).watch(&watcher);
-    loop {
-        let is_starting = {
-            let output = lock(&process.output);
-            watcher.arm();
-            matches!(output.phase, Phase::Starting)
-        };
-        if !is_starting {
-            break;
-        }
-        let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];
-        poll::wait(&mut interests, None).map_err(StreamError::Gone)?;
-        watcher.rest();
-    }
-    if process.pid.get().is_none() {
-        return match process.ended() {
-            Some(ended) => stream.finish(&ended),
-            None => stream.refuse(&ErrorBody::caller(
-                ErrorCode::NoSuchProcess,
-                "the first start with this id was refused",
-            )),
-        };
+    let Some(mut stream) = requests::once_begun(process, stream)? else {
+        return Ok(());
+    };
+    if process.pid.get().is_none()
+        && let Some(ended) = process.ended()
+    {
+        return stream.finish(&ended);
     }
     if process.about.output != protocol::process::OutputMode::Follow {
         return stream.finish(&started(process));

@@ -135,8 +135,9 @@ impl Output {
         self.head.saturating_sub(self.logged)
     }
 
+    /// Nothing more comes.
     pub(crate) fn has_ended(&self) -> bool {
-        matches!(self.phase, Phase::Ended { .. })
+        matches!(self.phase, Phase::Ended { .. } | Phase::Refused)
     }
 
     /// How many bytes may be read from the process now.

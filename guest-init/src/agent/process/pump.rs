@@ -76,6 +76,8 @@ struct Limit {
 /// The main process has ended.
 struct Exit {
     status: Status,
+    /// Memory ran out in its group, and nobody had wanted its end before.
+    out_of_memory: bool,
     /// Set once everything owed was taken in: when to give up on others' output.
     limits: Option<Limits>,
 }
@@ -242,6 +244,9 @@ impl Pump {
             self.stdout.count_owed();
             self.stderr.count_owed();
             self.limit = None;
+            // What happens to those that it leaves behind is not why it ended.
+            let group = self.body.group.as_ref();
+            let out_of_memory = group.is_some_and(|group| group.out_of_memory());
             // What it started had the same warning, and may be making more of itself.
             if self.timed_out.is_some()
                 && let Some(group) = &self.body.group
@@ -250,6 +255,7 @@ impl Pump {
             }
             self.exit = Some(Exit {
                 status,
+                out_of_memory,
                 limits: None,
             });
         }
@@ -346,9 +352,8 @@ impl Pump {
     pub(crate) fn conclude(&mut self) {
         let ended = match &self.exit {
             Some(exit) => {
-                let group = self.body.group.as_ref();
                 let cause = Cause {
-                    out_of_memory: group.is_some_and(|group| group.out_of_memory()),
+                    out_of_memory: exit.out_of_memory,
                     timed_out: self.timed_out,
                     killed: self.process.killed.load(Ordering::Acquire),
                 };
@@ -364,12 +369,8 @@ impl Pump {
             },
         };
         self.concluded = true;
-        self.process.set_ended(ended);
+        self.forgotten = self.agent.registry.retire(&self.process, ended);
         self.process.stdin.close();
-        self.forgotten = self.agent.registry.retire(&self.process);
-        if lock(&self.process.output).head() > 0 {
-            self.agent.registry.logs.note(&self.process);
-        }
     }
 
     /// Lets go of everything. Whoever still writes must not notice that nobody listens any more.

@@ -4,10 +4,11 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use protocol::id::ProcessId;
-use protocol::process::StartProcess;
+use protocol::process::{ProcessEnded, StartProcess};
 use protocol::processes::{MAX_PAGE, ProcessPage};
 use protocol::{ErrorBody, ErrorCode};
 
@@ -17,6 +18,7 @@ use super::output::Phase;
 use super::segment::{self, Name};
 use crate::agent::lock;
 use crate::log;
+use crate::reaper::Reaper;
 
 /// Processes that run at once.
 const MAX_RUNNING: usize = 512;
@@ -25,14 +27,20 @@ const MAX_ENDED: usize = 1024;
 /// What ended processes may keep in memory because no disk took it.
 const MAX_UNLOGGED: u64 = 2 << 20;
 
+const SIGHUP: u8 = 1;
+
 /// See the module.
 pub(crate) struct Registry {
     pub(crate) logs: Logs,
     state: Mutex<State>,
+    /// Told when the last process that ran has ended.
+    settled: Condvar,
 }
 
 #[derive(Default)]
 struct State {
+    /// How many processes run or are being started.
+    running: usize,
     processes: HashMap<ProcessId, Arc<Process>>,
     /// Logs of an earlier run that nobody has asked about yet.
     unread: HashMap<ProcessId, Vec<Name>>,
@@ -57,6 +65,7 @@ impl Registry {
         Self {
             logs: Logs::new(directory, size),
             state: Mutex::new(state),
+            settled: Condvar::new(),
         }
     }
 
@@ -64,8 +73,11 @@ impl Registry {
     pub(crate) fn claim(&self, request: &StartProcess) -> Result<Claim, ErrorBody> {
         let id = request.id;
         let fingerprint = fingerprint(request);
+        // One that an earlier run has left a log of is among the others from here on.
+        let _ = self.get(id);
         let mut state = lock(&self.state);
-        if let Some(process) = self.get(&mut state, id) {
+        if let Some(process) = state.processes.get(&id) {
+            let process = Arc::clone(process);
             return match process.about.fingerprint {
                 Some(other) if other != fingerprint => {
                     let message =
@@ -75,8 +87,7 @@ impl Registry {
                 _ => Ok(Claim::Known(process)),
             };
         }
-        let known = state.processes.len();
-        if known.saturating_sub(state.ended.len()) >= MAX_RUNNING {
+        if state.running >= MAX_RUNNING {
             let message = format!("{MAX_RUNNING} processes run; end one and try again");
             let error = ErrorBody::guest(ErrorCode::TooManyProcesses, message);
             return Err(error.retryable_after_ms(1000));
@@ -86,6 +97,7 @@ impl Registry {
         let has_log = self.logs.directory().is_some();
         let process = Arc::new(Process::new(id, number, about, has_log));
         state.last = number;
+        state.running = state.running.saturating_add(1);
         state.order.insert(number, id);
         state.processes.insert(id, Arc::clone(&process));
         Ok(Claim::New(process))
@@ -93,32 +105,37 @@ impl Registry {
 
     /// The process with this id.
     pub(crate) fn find(&self, id: ProcessId) -> Result<Arc<Process>, ErrorBody> {
-        self.get(&mut lock(&self.state), id).ok_or_else(|| {
-            let message = format!("no process with the id {id} is running or remembered");
-            ErrorBody::caller(ErrorCode::NoSuchProcess, message)
-        })
+        self.get(id).ok_or_else(|| no_such(id))
     }
 
-    fn get(&self, state: &mut State, id: ProcessId) -> Option<Arc<Process>> {
-        if let Some(process) = state.processes.get(&id) {
-            return Some(Arc::clone(process));
-        }
-        let names = state.unread.remove(&id)?;
+    fn get(&self, id: ProcessId) -> Option<Arc<Process>> {
+        let names = {
+            let state = lock(&self.state);
+            if let Some(process) = state.processes.get(&id) {
+                return Some(Arc::clone(process));
+            }
+            state.unread.get(&id)?.clone()
+        };
         let number = names.first().map_or(0, |name| name.number);
-        let found = segment::recover(self.logs.directory()?, names)
-            .map(|found| Arc::new(Process::recovered(id, found)));
-        let Some(process) = found else {
+        // A long log takes long to read. Nobody else waits for that.
+        let found = segment::recover(self.logs.directory()?, names);
+        let mut state = lock(&self.state);
+        // Somebody else may have read it meanwhile, or it may have been forgotten.
+        if state.unread.remove(&id).is_none() {
+            return state.processes.get(&id).map(Arc::clone);
+        }
+        let Some(found) = found else {
             state.order.remove(&number);
             state.ended.retain(|one| *one != id);
             return None;
         };
+        let process = Arc::new(Process::recovered(id, found));
         state.processes.insert(id, Arc::clone(&process));
         Some(process)
     }
 
     pub(crate) fn list(&self, after: u64) -> ProcessPage {
-        let mut state = lock(&self.state);
-        let ids: Vec<ProcessId> = state
+        let ids: Vec<ProcessId> = lock(&self.state)
             .order
             .range(after.saturating_add(1)..)
             .map(|(_, id)| *id)
@@ -128,19 +145,24 @@ impl Registry {
         let processes = ids
             .into_iter()
             .take(MAX_PAGE)
-            .filter_map(|id| self.get(&mut state, id))
+            .filter_map(|id| self.get(id))
             .collect::<Vec<_>>();
-        drop(state);
         ProcessPage {
             processes: processes.iter().map(|process| process.info()).collect(),
             more,
         }
     }
 
-    /// The process has ended: from now on it may be forgotten. Gives the one that is forgotten for
-    /// it, whose log is to be [removed](Gone::remove_log) when nobody waits.
-    pub(crate) fn retire(&self, process: &Process) -> Option<Gone> {
+    /// The process has ended, like this: from now on it may be forgotten. Gives the one that is
+    /// forgotten for it, whose log is to be [removed](Gone::remove_log) when nobody waits.
+    ///
+    /// One step for everybody: who hears of the end finds it among the ended ones, and when nothing
+    /// runs any more, all that was said waits for the log.
+    pub(crate) fn retire(&self, process: &Arc<Process>, how: ProcessEnded) -> Option<Gone> {
         let mut state = lock(&self.state);
+        process.set_ended(how);
+        self.logs.note(process);
+        self.count_end(&mut state);
         state.ended.push_back(process.id);
         if state.ended.len() <= MAX_ENDED {
             return None;
@@ -151,24 +173,61 @@ impl Registry {
 
     /// Forgets a process whose start was refused.
     pub(crate) fn forget(&self, process: &Process) {
-        let gone = self.take(&mut lock(&self.state), process.id);
+        let gone = {
+            let mut state = lock(&self.state);
+            self.count_end(&mut state);
+            self.take(&mut state, process.id)
+        };
         gone.remove_log(&self.logs);
         let mut output = lock(&process.output);
         output.phase = Phase::Refused;
         output.notify();
     }
 
+    fn count_end(&self, state: &mut State) {
+        state.running = state.running.saturating_sub(1);
+        if state.running == 0 {
+            self.settled.notify_all();
+        }
+    }
+
+    /// Tells all processes that have a terminal that it is gone.
+    pub(crate) fn hang_up_terminals(&self, reaper: &Reaper) {
+        let with_terminal: Vec<_> = lock(&self.state)
+            .processes
+            .values()
+            .filter(|process| process.about.terminal)
+            .map(Arc::clone)
+            .collect();
+        for process in with_terminal {
+            // One that has ended has no group to be told.
+            process.signal(reaper, SIGHUP);
+        }
+    }
+
+    /// Waits until no process runs, or until the deadline. Says how many still do.
+    pub(crate) fn settle(&self, deadline: Instant) -> usize {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let state = lock(&self.state);
+        let waited = self
+            .settled
+            .wait_timeout_while(state, left, |state| state.running > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.running
+    }
+
     /// Forgets an ended process and its log.
     pub(crate) fn remove(&self, id: ProcessId) -> Result<(), ErrorBody> {
-        let process = self.find(id)?;
         let mut state = lock(&self.state);
+        if !state.processes.contains_key(&id) && !state.unread.contains_key(&id) {
+            return Err(no_such(id));
+        }
         if !state.ended.contains(&id) {
             let message = format!("process {id} still runs; end it first");
             return Err(ErrorBody::caller(ErrorCode::ProcessRunning, message));
         }
         state.ended.retain(|one| *one != id);
         let gone = self.take(&mut state, id);
-        drop((state, process));
+        drop(state);
         gone.remove_log(&self.logs);
         Ok(())
     }
@@ -242,6 +301,7 @@ impl Gone {
     /// Outside of the registry's lock: it waits for the disk.
     pub(crate) fn remove_log(self, logs: &Logs) {
         if let Some(process) = self.process {
+            lock(&process.segments).close();
             while logs.drop_oldest(&process) {}
         }
         for (file, size) in self.files {
@@ -250,6 +310,11 @@ impl Gone {
             logs.count_removed(size);
         }
     }
+}
+
+fn no_such(id: ProcessId) -> ErrorBody {
+    let message = format!("no process with the id {id} is running or remembered");
+    ErrorBody::caller(ErrorCode::NoSuchProcess, message)
 }
 
 /// Equal requests have equal ones, within one run.

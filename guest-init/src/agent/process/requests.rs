@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use protocol::processes::{
-    AttachFrom, AttachProcess, KillProcess, ListProcesses, ProcessAttached, ProcessRemoved,
-    RemoveProcess, SendSignal, StdinWritten, WaitProcess,
+    AttachFrom, AttachProcess, ListProcesses, ProcessAttached, ProcessRemoved, RemoveProcess,
+    SendSignal, StdinWritten, WaitProcess,
 };
 use protocol::{ErrorBody, ErrorCode, Frame, Kind};
 
@@ -20,18 +20,6 @@ use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
 use crate::agent::stream::{Stream, StreamError};
 use crate::agent::{Agent, lock, unsupported};
-use crate::cgroup::CommandGroup;
-
-/// How long a process may take to end by itself when the caller does not say.
-const GRACE: Duration = Duration::from_secs(5);
-/// The longest that a caller can give it.
-const MAX_GRACE: Duration = Duration::from_secs(600);
-/// How long a killed process may take to go; one that takes longer waits for hardware.
-const AFTER_KILL: Duration = Duration::from_secs(10);
-const SIGHUP: u8 = 1;
-const SIGKILL: u8 = 9;
-const SIGTERM: u8 = 15;
-const SIGCONT: u8 = 18;
 
 pub(super) fn list(
     agent: &Arc<Agent>,
@@ -45,9 +33,13 @@ pub(super) fn attach(
     agent: &Arc<Agent>,
     process: &Arc<Process>,
     request: &AttachProcess,
-    mut stream: Stream,
+    stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
+    // Input that comes along has nowhere to go before that.
+    let Some(mut stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     // What is there now; a reader that does not follow goes no further.
     let head = lock(&process.output).head();
     let refusal = |message: String| ErrorBody::caller(ErrorCode::InvalidArgument, message);
@@ -90,11 +82,73 @@ pub(super) fn wait(
         .timeout_ms
         .and_then(|given| after(Duration::from_millis(u64::from(given))));
     let watcher = watch(process)?;
-    let mut listens = true;
+    let mut listening = Listening::default();
     while !has_ended(process, &watcher) && deadline.is_none_or(|at| Instant::now() < at) {
+        listening.wait(&stream, &watcher, deadline)?;
+    }
+    tell_state(process, stream)
+}
+
+/// Waits until it is known whether there is a process; gives no stream when there is none, of which
+/// the client is told.
+pub(super) fn once_begun(process: &Process, stream: Stream) -> Result<Option<Stream>, StreamError> {
+    let watcher = watch(process)?;
+    let mut listening = Listening::default();
+    loop {
+        watcher.arm();
+        if !process.is_starting() {
+            break;
+        }
+        listening.wait(&stream, &watcher, None)?;
+    }
+    if process.is_refused() {
+        stream.refuse(&was_refused(process))?;
+        return Ok(None);
+    }
+    Ok(Some(stream))
+}
+
+/// The answer to whoever has found a process that was not to be started after all.
+pub(super) fn was_refused(process: &Process) -> ErrorBody {
+    let message = format!("the start of process {} was refused", process.id);
+    ErrorBody::caller(ErrorCode::NoSuchProcess, message)
+}
+
+/// Answers with the process as it is now.
+pub(super) fn tell_state(process: &Process, stream: Stream) -> Result<(), StreamError> {
+    if process.is_refused() {
+        return stream.refuse(&was_refused(process));
+    }
+    stream.finish(&process.info())
+}
+
+/// Waits for news of a process while a client waits for an answer.
+struct Listening {
+    /// The client's half has not ended.
+    is_open: bool,
+}
+
+impl Default for Listening {
+    fn default() -> Self {
+        Self { is_open: true }
+    }
+}
+
+impl Listening {
+    /// Fails when the client has gone.
+    fn wait(
+        &mut self,
+        stream: &Stream,
+        watcher: &Watcher,
+        deadline: Option<Instant>,
+    ) -> Result<(), StreamError> {
         let client = stream.interest(false);
         let mut interests = [
-            if listens { client.and_end() } else { client },
+            if self.is_open {
+                client.and_end()
+            } else {
+                client
+            },
             Interest::new(watcher.event().as_fd(), true, false),
         ];
         poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
@@ -107,20 +161,23 @@ pub(super) fn wait(
         }
         if client.ended() {
             // It may have closed its half only.
-            listens = false;
+            self.is_open = false;
             if !stream.is_heard() {
                 return Err(StreamError::Gone(Errno::EPIPE));
             }
         }
+        Ok(())
     }
-    stream.finish(&process.info())
 }
 
 pub(super) fn write_stdin(
     process: &Process,
-    mut stream: Stream,
+    stream: Stream,
     early: Vec<Frame>,
 ) -> Result<(), StreamError> {
+    let Some(mut stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     let watcher = watch(process)?;
     let mut typing = Typing::default();
     let mut frames = early;
@@ -194,81 +251,14 @@ pub(super) fn send_signal(
     if let Err(error) = check_signal(request.signal) {
         return stream.refuse(&error);
     }
+    let Some(stream) = once_begun(process, stream)? else {
+        return Ok(());
+    };
     if process.signal(&agent.reaper, request.signal) {
         return stream.finish(&process.info());
     }
     let message = format!("process {} has ended and takes no signal", process.id);
     stream.refuse(&ErrorBody::caller(ErrorCode::ProcessNotRunning, message))
-}
-
-pub(super) fn kill(
-    agent: &Agent,
-    process: &Process,
-    request: &KillProcess,
-    stream: Stream,
-) -> Result<(), StreamError> {
-    let grace = request.grace_ms.map_or(GRACE, |given| {
-        Duration::from_millis(u64::from(given)).min(MAX_GRACE)
-    });
-    end(agent, process, grace)?;
-    if process.ended().is_none() {
-        let message = format!(
-            "process {} has not ended {} s after SIGKILL; it waits for a device",
-            process.id,
-            AFTER_KILL.as_secs()
-        );
-        let error = ErrorBody::guest(ErrorCode::ProcessRunning, message);
-        return stream.refuse(&error.retryable_after_ms(5000));
-    }
-    stream.finish(&process.info())
-}
-
-/// Asks the process to end, waits, and ends it and what it started. Whether the client is still
-/// there does not matter.
-fn end(agent: &Agent, process: &Process, grace: Duration) -> Result<(), StreamError> {
-    let watcher = watch(process)?;
-    let Some(body) = process.body() else {
-        // It may be just starting or just ending.
-        return until_ended(process, &watcher, after(AFTER_KILL));
-    };
-    if body.child.status().is_none() {
-        process.mark_killed();
-    }
-    let deadline = after(grace);
-    if !grace.is_zero() {
-        process.signal(&agent.reaper, SIGTERM);
-        if process.about.terminal {
-            process.signal(&agent.reaper, SIGHUP);
-        }
-        // One that was stopped could not hear either.
-        process.signal(&agent.reaper, SIGCONT);
-        match &body.group {
-            Some(group) => {
-                let events = group.events();
-                // The main process is one of the group.
-                let is_populated = || match &events {
-                    // Read where it is polled, or it stays interesting.
-                    Some(events) => CommandGroup::says_populated(events),
-                    None => group.is_populated(),
-                };
-                while is_populated() && deadline.is_some_and(|at| Instant::now() < at) {
-                    let events = events.as_ref().map(AsFd::as_fd).map(Interest::news);
-                    let mut interests = [events.unwrap_or(Interest::NONE)];
-                    poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
-                }
-            }
-            None => until_ended(process, &watcher, deadline)?,
-        }
-    }
-    let populated = body
-        .group
-        .as_ref()
-        .is_some_and(|group| group.is_populated());
-    if populated || body.child.status().is_none() {
-        process.signal(&agent.reaper, SIGKILL);
-    }
-    drop(body);
-    until_ended(process, &watcher, after(AFTER_KILL))
 }
 
 pub(super) fn remove(
@@ -282,32 +272,19 @@ pub(super) fn remove(
     }
 }
 
-fn watch(process: &Process) -> Result<Arc<Watcher>, StreamError> {
+pub(super) fn watch(process: &Process) -> Result<Arc<Watcher>, StreamError> {
     let watcher = Watcher::new().map_err(StreamError::Gone)?;
     lock(&process.output).watch(&watcher);
     Ok(watcher)
 }
 
 /// If it has not ended, `watcher` will tell.
-fn has_ended(process: &Process, watcher: &Watcher) -> bool {
+pub(super) fn has_ended(process: &Process, watcher: &Watcher) -> bool {
     let output = lock(&process.output);
     watcher.arm();
     output.has_ended()
 }
 
-fn until_ended(
-    process: &Process,
-    watcher: &Watcher,
-    deadline: Option<Instant>,
-) -> Result<(), StreamError> {
-    while !has_ended(process, watcher) && deadline.is_none_or(|at| Instant::now() < at) {
-        let mut interests = [Interest::new(watcher.event().as_fd(), true, false)];
-        poll::wait(&mut interests, deadline).map_err(StreamError::Gone)?;
-        watcher.rest();
-    }
-    Ok(())
-}
-
-fn after(duration: Duration) -> Option<Instant> {
+pub(super) fn after(duration: Duration) -> Option<Instant> {
     Instant::now().checked_add(duration)
 }

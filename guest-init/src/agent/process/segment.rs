@@ -6,9 +6,9 @@
 //! it ended. What is read back here lay on the user's disk: it may be anything.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, IoSlice, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use protocol::frame::MAX_DATA;
@@ -45,6 +45,8 @@ pub(crate) struct Segments {
     pub(crate) list: VecDeque<Segment>,
     /// The last one, while it is written.
     file: Option<File>,
+    /// The end is in it, or nothing is to be in it any more.
+    is_finished: bool,
 }
 
 /// Whose a file is, from its name.
@@ -90,7 +92,8 @@ impl Segments {
             .list
             .back()
             .is_some_and(|last| last.end == start && last.end.saturating_sub(last.start) < SEGMENT);
-        if self.file.is_none() || !fits {
+        let is_new = self.file.is_none() || !fits;
+        if is_new {
             self.begin(directory, about, start)?;
         }
         let heads: Vec<[u8; 5]> = pieces
@@ -108,7 +111,11 @@ impl Segments {
             parts.push(IoSlice::new(head));
             parts.push(IoSlice::new(piece.bytes()));
         }
-        self.put(&mut parts)?;
+        let written = self.put(&mut parts);
+        if written.is_err() && is_new && self.list.len() > 1 {
+            self.discard_last();
+        }
+        written?;
         if let Some(last) = self.list.back_mut() {
             let bytes = pieces.iter().map(Piece::len).sum();
             last.end = last.end.saturating_add(bytes);
@@ -116,16 +123,31 @@ impl Segments {
         Ok(())
     }
 
-    /// Writes how the process ended, and closes the last segment.
-    pub(crate) fn finish(&mut self, about: &ProcessInfo) -> io::Result<()> {
-        if self.file.is_none() {
+    /// Writes what is known of the process, before there is output.
+    pub(crate) fn open(&mut self, directory: &Path, about: &ProcessInfo) -> io::Result<()> {
+        self.begin(directory, about, 0)
+    }
+
+    /// Writes how the process ended, once, and closes the last segment.
+    pub(crate) fn finish(&mut self, directory: &Path, about: &ProcessInfo) -> io::Result<()> {
+        if self.is_finished {
             return Ok(());
+        }
+        if self.file.is_none() {
+            self.begin(directory, about, about.bytes)?;
         }
         let body = encode_body(about).map_err(io::Error::other)?;
         let head = head(ENDED, body.len());
         self.put(&mut [IoSlice::new(&head), IoSlice::new(&body)])?;
         self.file = None;
+        self.is_finished = true;
         Ok(())
+    }
+
+    /// The process is to be forgotten: nothing more is written about it.
+    pub(crate) fn close(&mut self) {
+        self.file = None;
+        self.is_finished = true;
     }
 
     fn begin(&mut self, directory: &Path, about: &ProcessInfo, start: u64) -> io::Result<()> {
@@ -141,13 +163,22 @@ impl Segments {
         if self.list.back().is_some_and(|last| last.path == path) {
             self.list.pop_back();
         }
-        let _ = std::fs::remove_file(&path);
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)?;
-        self.file = Some(file);
+        let file = match create(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                std::fs::remove_file(&path)?;
+                create(&path)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // The directory is not there yet, or not any more.
+                DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(directory)?;
+                create(&path)
+            }
+            created => created,
+        };
+        self.file = Some(file?);
         self.list.push_back(Segment {
             path,
             start,
@@ -156,11 +187,24 @@ impl Segments {
         });
         let body = encode_body(about).map_err(io::Error::other)?;
         let head = head(ABOUT, body.len());
-        self.put(&mut [
+        let written = self.put(&mut [
             IoSlice::new(MAGIC),
             IoSlice::new(&head),
             IoSlice::new(&body),
-        ])
+        ]);
+        if written.is_err() {
+            self.discard_last();
+        }
+        written
+    }
+
+    /// Takes back a segment that nothing could be written to: each attempt would leave another one.
+    fn discard_last(&mut self) {
+        self.file = None;
+        if let Some(last) = self.list.pop_back() {
+            // One that the user has removed is gone all the same.
+            let _ = std::fs::remove_file(&last.path);
+        }
     }
 
     /// Appends all of it or nothing.
@@ -227,6 +271,14 @@ impl Segments {
             .find(|one| one.end > offset && one.end > one.start)
             .cloned()
     }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
 }
 
 fn head(tag: u8, length: usize) -> [u8; 5] {

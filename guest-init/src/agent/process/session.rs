@@ -17,6 +17,7 @@ use super::input::{MAX_INPUT, Typing};
 use super::life::Process;
 use super::pump::Pump;
 use super::reader::{Progress, Reader};
+use super::requests::was_refused;
 use super::terminal;
 use super::watcher::Watcher;
 use crate::agent::poll::{self, Interest};
@@ -150,6 +151,9 @@ impl Client {
         // Whoever holds the process back does so no longer.
         drop(reader);
         let head = lock(&process.output).head();
+        if process.is_refused() {
+            return stream.refuse(&was_refused(&process));
+        }
         match process.ended() {
             Some(ended) if offset >= head => stream.finish(&ended),
             _ => stream.finish(&OutputReplayed { offset }),

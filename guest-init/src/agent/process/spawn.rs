@@ -4,12 +4,15 @@
 //! threads of the agent may hold locks that the copy will never see released.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+
+use crate::agent::poll::{self, Interest};
 
 /// What a new process needs, made before it exists.
 pub(crate) struct Program {
@@ -58,6 +61,8 @@ pub(crate) enum Stage {
     Directory,
     /// Becoming the program.
     Execute,
+    /// One of these, which did not come to an end.
+    Late,
 }
 
 impl Stage {
@@ -68,6 +73,7 @@ impl Stage {
             Self::Directory => 2,
             Self::Execute => 3,
             Self::Identity => 4,
+            Self::Late => 5,
         }
     }
 
@@ -105,8 +111,24 @@ impl From<Errno> for SpawnError {
 pub(crate) struct Verdict(OwnedFd);
 
 impl Verdict {
-    /// Waits until the process has become its program or has failed to.
-    pub(crate) fn wait(self) -> Result<(), SpawnError> {
+    /// Waits until the process has become its program or has failed to. Where it starts may be a file
+    /// system that never answers; then it is [`Stage::Late`] and still there.
+    pub(crate) fn wait(self, deadline: Option<Instant>) -> Result<(), SpawnError> {
+        let late = |errno| SpawnError {
+            stage: Stage::Late,
+            errno,
+        };
+        loop {
+            let mut interests = [Interest::new(self.0.as_fd(), true, false)];
+            poll::wait(&mut interests, deadline).map_err(late)?;
+            let [report] = interests;
+            if report.readable() || report.hung_up() {
+                break;
+            }
+            if deadline.is_some_and(|at| Instant::now() >= at) {
+                return Err(late(Errno::ETIMEDOUT));
+            }
+        }
         let mut report = [0; 5];
         let read = loop {
             match nix::unistd::read(&self.0, &mut report) {

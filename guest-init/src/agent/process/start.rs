@@ -2,11 +2,13 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::pipe2;
+use protocol::id::ProcessId;
 use protocol::process::TerminalSize;
 use protocol::{ErrorBody, ErrorCode};
 
@@ -17,6 +19,11 @@ use super::spawn::{self, SpawnError, Stage, Surroundings};
 use crate::agent::Agent;
 use crate::cgroup::CommandGroup;
 use crate::log;
+
+/// How long a process may take to become its program, at most. It takes long where the directory or
+/// the program lies on a file system that does not answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SIGKILL: u8 = 9;
 
 /// Why there is no process.
 pub(crate) enum NotStarted {
@@ -67,6 +74,7 @@ pub(crate) fn start(
         cgroup: group.as_ref().map(|group| group.directory()),
         proc: agent.proc.as_fd(),
     };
+    let begun = Instant::now();
     let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     let mut verdict = None;
     let child = agent.reaper.start(Box::new(group.clone()), || {
@@ -76,19 +84,26 @@ pub(crate) fn start(
     })?;
     // From here on only the process and its children hold these.
     drop(stdio.child);
-    match verdict {
-        Some(verdict) => verdict.wait()?,
-        None => {
-            return Err(NotStarted::Failed(SpawnError {
-                stage: Stage::Clone,
-                errno: Errno::EINVAL,
-            }));
+    // From now on it can be killed.
+    let body = process.embody(Body { child, group, wake });
+    // While it becomes its program, and before anybody is told that it has.
+    agent.registry.logs.announce(process);
+    let became = verdict.map(|verdict| verdict.wait(begun.checked_add(patience(command))));
+    match became {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            if error.stage == Stage::Late {
+                process.signal(&agent.reaper, SIGKILL);
+            }
+            drop(process.bury());
+            return Err(error.into());
         }
+        None => return Err(Errno::EINVAL.into()),
     }
     if let Some(stdin) = stdio.stdin {
         process.stdin.open(stdin);
     }
-    let body = process.set_running(Body { child, group, wake });
+    process.set_running();
     Ok(Pump::new(
         agent,
         process,
@@ -97,6 +112,18 @@ pub(crate) fn start(
         stdio.stderr,
         command.deadline,
     ))
+}
+
+/// How long the process may take to become its program.
+pub(crate) fn patience(command: &Command) -> Duration {
+    command
+        .deadline
+        .map_or(PATIENCE, |given| given.min(PATIENCE))
+}
+
+/// What the group of a process is called.
+pub(crate) fn group_name(id: ProcessId) -> String {
+    format!("p-{id}")
 }
 
 fn group(
@@ -117,9 +144,7 @@ fn group(
         log::warn(format_args!("event=cgroup_failed error=\"{error}\""));
         Errno::EAGAIN
     };
-    let group = groups
-        .create(&format!("p-{}", process.id))
-        .map_err(failed)?;
+    let group = groups.create(&group_name(process.id)).map_err(failed)?;
     if let Some(bytes) = command.memory {
         group.limit_memory(bytes).map_err(failed)?;
     }

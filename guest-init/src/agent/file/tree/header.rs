@@ -61,23 +61,28 @@ fn text(block: &[u8; BLOCK], start: usize, length: usize) -> &[u8] {
     field.get(..end.unwrap_or(field.len())).unwrap_or_default()
 }
 
-/// Octal digits between blanks and zero bytes; or, with the top bit set, a binary number.
+/// A number that is never negative.
 fn number(bytes: &[u8]) -> Option<u64> {
-    if bytes.first().is_some_and(|first| first & 0x80 != 0) {
-        let (first, rest) = bytes.split_first()?;
-        return rest
-            .iter()
-            .try_fold(u64::from(first & 0x7f), |number, byte| {
-                number.checked_mul(256)?.checked_add(u64::from(*byte))
-            });
+    signed(bytes).and_then(|number| u64::try_from(number).ok())
+}
+
+/// Octal digits between blanks and zero bytes; or, with the top bit set, a binary number, whose sign
+/// is the bit below it.
+fn signed(bytes: &[u8]) -> Option<i64> {
+    let (first, rest) = bytes.split_first()?;
+    if first & 0x80 != 0 {
+        let begin = i64::from(first & 0x3f).checked_sub(i64::from(first & 0x40))?;
+        return rest.iter().try_fold(begin, |number, byte| {
+            number.checked_mul(256)?.checked_add(i64::from(*byte))
+        });
     }
     let blank = |byte: &u8| matches!(byte, b' ' | 0);
     let start = bytes.iter().position(|byte| !blank(byte))?;
     let digits = bytes.get(start..)?;
     let end = digits.iter().position(blank).unwrap_or(digits.len());
-    digits.get(..end)?.iter().try_fold(0_u64, |number, byte| {
+    digits.get(..end)?.iter().try_fold(0_i64, |number, byte| {
         let digit = byte.checked_sub(b'0').filter(|digit| *digit < 8)?;
-        number.checked_mul(8)?.checked_add(u64::from(digit))
+        number.checked_mul(8)?.checked_add(i64::from(digit))
     })
 }
 
@@ -138,7 +143,11 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         Kind::File if letter == 0 && name.ends_with(b"/") => Kind::Directory,
         kind => kind,
     };
-    let mtime = read("time", 136, 12)?;
+    let mtime = field(block, 136, 12);
+    let mtime_s = match mtime.iter().all(|byte| matches!(byte, b' ' | 0)) {
+        true => 0,
+        false => signed(mtime).ok_or(HeaderError::Number("time"))?,
+    };
     Ok(Header::Entry(Entry {
         kind,
         name,
@@ -147,7 +156,7 @@ pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Header, HeaderError> {
         uid: read("owner", 108, 8)?,
         gid: read("group", 116, 8)?,
         size,
-        mtime_s: i64::try_from(mtime).unwrap_or(0),
+        mtime_s,
         mtime_ns: 0,
         major: read("device number", 329, 8)?,
         minor: read("device number", 337, 8)?,
@@ -259,6 +268,28 @@ mod tests {
         assert_eq!(number(b"12x"), None);
         assert_eq!(number(b"\x80\0\0\0\0\0\0\x01\0\0\0\0"), Some(1 << 32));
         assert_eq!(number(&[0xff; 12]), None);
+        assert_eq!(number(&[0xff; 8]), None, "less than nothing");
+        let mut nearly = [0; 12];
+        nearly[0] = 0x80;
+        nearly[4] = 0x80;
+        assert_eq!(number(&nearly), None);
         assert_eq!(number(&[b'7'; 30]), None);
+    }
+
+    #[test]
+    fn a_time_before_1970_is_read_as_gnu_writes_it() {
+        let mut block = entry(&sample());
+        for (time, wanted) in [(-1_i64, -1), (-86_400, -86_400), (1 << 34, 1 << 34)] {
+            let mut field = [if time < 0 { 0xff } else { 0 }; 12];
+            field[4..].copy_from_slice(&time.to_be_bytes());
+            field[0] |= 0x80;
+            block[136..148].copy_from_slice(&field);
+            let total = sum(&block);
+            block[148..156].copy_from_slice(format!("{total:06o}\0 ").as_bytes());
+            let Ok(Header::Entry(entry)) = parse(&block) else {
+                panic!("{time}");
+            };
+            assert_eq!(entry.mtime_s, wanted);
+        }
     }
 }

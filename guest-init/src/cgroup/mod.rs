@@ -2,12 +2,15 @@
 //! and its running out of memory can be told from a plain SIGKILL. A group is removed when its last
 //! process is gone; the kernel says when, nothing here asks again and again.
 
-use std::collections::HashMap;
+mod members;
+
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
@@ -113,11 +116,24 @@ impl Cgroups {
             path,
             directory: directory.into(),
             keeper: Arc::clone(&self.keeper),
+            expected: AtomicU64::new(0),
         };
         if let Some(most) = self.most_tasks {
             group.limit_tasks(most)?;
         }
         Ok(group)
+    }
+
+    /// The group of a command that has ended, while something that it started is left in it.
+    pub(crate) fn find(&self, name: &str) -> Option<CommandGroup> {
+        let path = self.directory.join(name);
+        let directory = fs::File::open(&path).ok()?;
+        Some(CommandGroup {
+            path,
+            directory: directory.into(),
+            keeper: Arc::clone(&self.keeper),
+            expected: AtomicU64::new(0),
+        })
     }
 
     /// Ends every process of every command.
@@ -158,6 +174,8 @@ pub(crate) struct CommandGroup {
     path: PathBuf,
     directory: OwnedFd,
     keeper: Arc<Keeper>,
+    /// How many of its processes had been ended for memory when it was last asked to end.
+    expected: AtomicU64,
 }
 
 impl CommandGroup {
@@ -169,6 +187,11 @@ impl CommandGroup {
     /// Ends every process in the group.
     pub(crate) fn kill(&self) {
         kill(&self.path);
+    }
+
+    /// Sends signals to every process in the group; gives the numbers of those that got them.
+    pub(crate) fn signal(&self, signals: &[i32]) -> HashSet<libc::pid_t> {
+        members::signal(&self.path, signals)
     }
 
     /// Bounds the memory of everything in the group together. When it is used up, all of the group is
@@ -213,10 +236,20 @@ impl CommandGroup {
             .is_ok_and(|events| counter(&events, "populated") > 0)
     }
 
-    /// Whether the kernel ended a process of this group because memory ran out.
+    /// Somebody is about to end the group: what memory has done to it until now is not why it ends.
+    pub(crate) fn expect_end(&self) {
+        self.expected.store(self.memory_kills(), Ordering::Release);
+    }
+
+    /// Whether the kernel ended a process of this group because memory ran out, after nobody or after
+    /// the last one who [wanted its end](Self::expect_end).
     pub(crate) fn out_of_memory(&self) -> bool {
+        self.memory_kills() > self.expected.load(Ordering::Acquire)
+    }
+
+    fn memory_kills(&self) -> u64 {
         fs::read_to_string(self.path.join("memory.events"))
-            .is_ok_and(|events| counter(&events, "oom_kill") > 0)
+            .map_or(0, |events| counter(&events, "oom_kill"))
     }
 }
 
@@ -323,6 +356,31 @@ mod tests {
         let events = "low 0\noom 3\noom_kill 2\noom_group_kill 7\n";
         assert_eq!(counter(events, "oom_kill"), 2);
         assert_eq!(counter(events, "oom_kil"), 0);
+    }
+
+    #[test]
+    fn memory_that_ran_out_before_somebody_wanted_the_end_is_not_its_reason() {
+        let place = tempfile::tempdir().unwrap();
+        let group = CommandGroup {
+            path: place.path().to_path_buf(),
+            directory: fs::File::open(place.path()).unwrap().into(),
+            keeper: Arc::new(Keeper {
+                inotify: Inotify::init(InitFlags::IN_CLOEXEC).unwrap(),
+                retired: Mutex::default(),
+            }),
+            expected: AtomicU64::new(0),
+        };
+        let kills = |count: u32| {
+            let text = format!("oom {count}\noom_kill {count}\n");
+            fs::write(place.path().join("memory.events"), text).unwrap();
+        };
+        assert!(!group.out_of_memory());
+        kills(1);
+        assert!(group.out_of_memory());
+        group.expect_end();
+        assert!(!group.out_of_memory());
+        kills(2);
+        assert!(group.out_of_memory(), "while it was on its way to its end");
     }
 
     #[test]
