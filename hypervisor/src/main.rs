@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 fn run(role: Role) -> Result<ExitCode, Box<dyn std::error::Error>> {
     match role {
-        Role::Serve(arguments) => serve::run(&arguments)?,
+        Role::Serve(arguments) => serve::run(&arguments, &serve::Monitors::default())?,
         Role::Token(arguments) => print!("{}", token::make(&arguments)?),
         Role::Version => println!("supvm {}", env!("CARGO_PKG_VERSION")),
         Role::Control(arguments) => {

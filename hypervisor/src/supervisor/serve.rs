@@ -1,5 +1,6 @@
 //! `supvm serve`: the supervisor on an ordinary Linux host, without PID 1's duties. Ctrl-C stops
-//! the VMs and then everything else.
+//! the VMs and then everything else. What is started for each VM is a value, so that a development
+//! program can put something else in a monitor's place; nothing in `supvm` itself does.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,27 @@ pub struct ServeArgs {
     pub config: Option<PathBuf>,
 }
 
+/// What is started for each VM: this very program with these arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Monitors {
+    /// The role and its arguments.
+    pub arguments: Vec<String>,
+    /// Whether monitors and proxy are locked in: see what the host allows. Only a stand-in for a
+    /// machine, which needs paths, does without.
+    pub confined: bool,
+}
+
+impl Default for Monitors {
+    fn default() -> Self {
+        Self {
+            arguments: vec!["vmm".into()],
+            confined: true,
+        }
+    }
+}
+
 /// Runs until it is told to stop.
-pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
+pub fn run(arguments: &ServeArgs, monitors: &Monitors) -> Result<(), SupervisorError> {
     let settings = settings(arguments.config.as_deref())?;
     crate::log::start_at(&settings.log.level);
     private_directory(&arguments.state)?;
@@ -45,10 +65,15 @@ pub fn run(arguments: &ServeArgs) -> Result<(), SupervisorError> {
     let _lock = lock(&state, &run)?;
     let config = arguments.config.as_deref().map(absolute).transpose()?;
     let services = services(&state, &run, None, config.as_deref())?;
-    let vmm = Program::role(&["vmm"])?;
+    let role: Vec<&str> = monitors.arguments.iter().map(String::as_str).collect();
+    let vmm = Program::role(&role)?;
+    let prison = match monitors.confined {
+        true => Prison::make(&run),
+        false => Prison::default(),
+    };
     let supervisor = Supervisor::new(
         &run,
-        Prison::make(&run),
+        prison,
         vmm,
         services,
         environment(&settings.log.level),
