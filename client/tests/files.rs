@@ -120,7 +120,7 @@ async fn errors_of_files_name_the_errno_and_the_path() {
 }
 
 #[tokio::test]
-async fn a_directory_of_many_pages_is_listed_once_and_in_order() {
+async fn a_directory_of_many_pages_is_listed_once() {
     let machine = Machine::start().await;
     let vm = machine.vm().await;
     let long = "x".repeat(200);
@@ -128,13 +128,19 @@ async fn a_directory_of_many_pages_is_listed_once_and_in_order() {
         fs::write(machine.workspace().join(format!("{number:05}{long}")), b"").unwrap();
     }
     let mut listing = vm.read_dir("");
-    let mut number = 0;
+    let mut names = Vec::new();
     while let Some(entry) = soon(listing.next()).await.unwrap() {
-        assert_eq!(entry.name, format!("{number:05}{long}").as_bytes());
-        number += 1;
+        names.push(entry.name);
     }
-    assert_eq!(number, 6000);
-    assert_eq!(vm.list_dir("", 6000).await.unwrap().len(), 6000);
+    assert!(soon(listing.next()).await.unwrap().is_none());
+    names.sort();
+    let all: Vec<_> = (0..6000)
+        .map(|number| format!("{number:05}{long}").into_bytes())
+        .collect();
+    assert!(names == all);
+    let listed = vm.list_dir("", 6000).await.unwrap();
+    let listed: Vec<_> = listed.into_iter().map(|entry| entry.name).collect();
+    assert!(listed == all, "in order");
     let error = vm.list_dir("", 5999).await.unwrap_err();
     assert!(
         matches!(error, ClientError::TooLong { limit: 5999, .. }),

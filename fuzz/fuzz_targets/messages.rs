@@ -43,7 +43,6 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::agent::Dialed,
         protocol::error::ErrorBody,
         protocol::file::manage::StatFile,
-        protocol::file::manage::ListDirectory,
         protocol::file::manage::MakeDirectory,
         protocol::file::manage::RenameFile,
         protocol::file::manage::RemoveFile,

@@ -13,8 +13,8 @@ use common::files::{ask, refusal};
 use common::{Agent, eventually};
 use protocol::file::manage::{
     ChangeMode, ChangeOwner, DirectoryEntry, DirectoryPage, FilesRemoved, LinkTarget,
-    ListDirectory, MakeDirectory, MakeSymlink, ReadLink, RemoveFile, RenameFile, ResizeFile,
-    StatFile, WalkDirectory,
+    MakeDirectory, MakeSymlink, ReadLink, RemoveFile, RenameFile, ResizeFile, StatFile,
+    WalkDirectory,
 };
 use protocol::file::{FileDone, FileInfo, FileType};
 use protocol::{ErrorCode, Kind, message};
@@ -23,15 +23,6 @@ fn stat(path: &str) -> StatFile {
     StatFile {
         path: path.as_bytes().to_vec(),
         follow: false,
-    }
-}
-
-fn list(path: &str) -> ListDirectory {
-    ListDirectory {
-        path: path.as_bytes().to_vec(),
-        after: Vec::new(),
-        limit: 0,
-        targets: true,
     }
 }
 
@@ -50,21 +41,6 @@ fn rename(from: &str, to: &str, no_replace: bool) -> RenameFile {
     }
 }
 
-/// All pages of a directory, with what is done between two of them.
-fn pages(agent: &Agent, request: &ListDirectory, mut between: impl FnMut()) -> Vec<Vec<u8>> {
-    let mut request = request.clone();
-    let mut names = Vec::new();
-    loop {
-        let page: DirectoryPage = ask(agent, &request);
-        names.extend(page.entries.into_iter().map(|entry| entry.name));
-        match page.next {
-            Some(next) => request.after = next,
-            None => return names,
-        }
-        between();
-    }
-}
-
 /// All entries of a walk, and how many pages they came on.
 fn walk(agent: &Agent, path: &str) -> (Vec<DirectoryEntry>, usize) {
     let mut client = agent.connect();
@@ -80,7 +56,7 @@ fn walk(agent: &Agent, path: &str) -> (Vec<DirectoryEntry>, usize) {
             return (entries, pages);
         }
         let page: DirectoryPage = message::decode(&frame).unwrap();
-        assert!(page.next.is_none() && !page.entries.is_empty());
+        assert!(!page.entries.is_empty());
         entries.extend(page.entries);
         pages += 1;
     }
@@ -99,9 +75,11 @@ fn a_large_directory_is_listed_whole_on_one_stream() {
     let (mut entries, pages) = walk(&agent, "large");
     assert!(pages > 3, "{pages} pages");
     entries.sort_by(|one, other| one.name.cmp(&other.name));
-    // The same as in order.
-    let listed: DirectoryPage = ask(&agent, &list("large"));
-    assert_eq!(entries, listed.entries);
+    assert_eq!(entries.len(), 5001);
+    for (number, entry) in entries[..5000].iter().enumerate() {
+        assert_eq!(entry.name, format!("{number:05}").as_bytes());
+        assert_eq!(entry.info.size, 2);
+    }
     assert_eq!(entries[5000].info.target.as_deref(), Some(&b"00001"[..]));
     let missing = WalkDirectory {
         path: b"missing".to_vec(),
@@ -187,7 +165,8 @@ fn names_are_bytes() {
         .workspace()
         .join(PathBuf::from(std::ffi::OsString::from_vec(name.clone())));
     fs::write(path, b"x").unwrap();
-    assert!(pages(&agent, &list(""), || {}) == vec![name.clone()]);
+    let (entries, _) = walk(&agent, "");
+    assert!(entries.len() == 1 && entries[0].name == name);
     let request = StatFile {
         path: name,
         follow: false,
@@ -196,74 +175,24 @@ fn names_are_bytes() {
 }
 
 #[test]
-fn pages_show_what_stays_exactly_once_while_the_directory_changes() {
-    let agent = Agent::start();
-    let directory = agent.workspace().join("many");
-    fs::create_dir(&directory).unwrap();
-    let stay: Vec<_> = (0..200).map(|number| format!("stay-{number:03}")).collect();
-    for name in &stay {
-        fs::write(directory.join(name), b"").unwrap();
-        fs::write(directory.join(format!("go-{name}")), b"").unwrap();
-    }
-    let mut request = list("many");
-    request.limit = 7;
-    let mut round = 0;
-    let names = pages(&agent, &request, || {
-        // The cursor itself may go, and others may come on either side of it.
-        round += 1;
-        for entry in fs::read_dir(&directory).unwrap().flatten().take(20) {
-            if entry.file_name().to_str().unwrap().starts_with("go-") {
-                fs::remove_file(entry.path()).unwrap();
-            }
-        }
-        fs::write(directory.join(format!("a-new-{round}")), b"").unwrap();
-    });
-    let seen: Vec<_> = names
-        .iter()
-        .map(|name| String::from_utf8(name.clone()).unwrap())
-        .filter(|name| name.starts_with("stay-"))
-        .collect();
-    assert!(names.is_sorted());
-    assert_eq!(seen, stay);
-    assert!(round > 28, "only {round} pages");
-}
-
-#[test]
-fn a_page_is_bounded_whatever_the_directory_holds() {
-    let agent = Agent::start();
-    let directory = agent.workspace().join("many");
-    fs::create_dir(&directory).unwrap();
-    // Names of all lengths: how many fit on a page differs.
-    for number in 0..20_000 {
-        let name = format!("{number:05}-{}", "x".repeat(number * 7919 % 190));
-        fs::write(directory.join(name), b"").unwrap();
-    }
-    let page: DirectoryPage = ask(&agent, &list("many"));
-    let size: usize = page.entries.iter().map(|entry| entry.name.len()).sum();
-    assert!(page.next.is_some());
-    assert!(size < 1 << 20, "{size} bytes of names on a page");
-    let names = pages(&agent, &list("many"), || {});
-    let seen: std::collections::HashSet<_> = names.iter().collect();
-    assert_eq!((names.len(), seen.len()), (20_000, 20_000));
-}
-
-#[test]
 fn a_listing_says_what_everything_is_and_where_links_point() {
     let agent = Agent::start();
     fs::create_dir(agent.workspace().join("directory")).unwrap();
     symlink("nowhere", agent.workspace().join("link")).unwrap();
-    let page: DirectoryPage = ask(&agent, &list(""));
-    let [directory, link] = &page.entries[..] else {
-        panic!("{page:?}");
+    let (mut entries, _) = walk(&agent, "");
+    entries.sort_by(|one, other| one.name.cmp(&other.name));
+    let [directory, link] = &entries[..] else {
+        panic!("{entries:?}");
     };
     assert_eq!(directory.info.file_type, FileType::Directory);
     assert_eq!(link.info.file_type, FileType::Symlink);
     assert_eq!(link.info.target.as_deref(), Some(&b"nowhere"[..]));
     fs::write(agent.workspace().join("file"), b"").unwrap();
-    assert_eq!(
-        refusal(&agent, &list("file")).code,
-        ErrorCode::NotADirectory
-    );
+    let file = WalkDirectory {
+        path: b"file".to_vec(),
+        targets: true,
+    };
+    assert_eq!(refusal(&agent, &file).code, ErrorCode::NotADirectory);
 }
 
 #[test]
@@ -504,7 +433,7 @@ fn a_malformed_request_is_refused_by_name() {
     let agent = Agent::start();
     for kind in [
         Kind::STAT_FILE,
-        Kind::LIST_DIRECTORY,
+        Kind::WALK_DIRECTORY,
         Kind::READ_FILE,
         Kind::WRITE_FILE,
         Kind::REMOVE_FILE,

@@ -127,8 +127,6 @@ impl Kind {
 
     /// [`StatFile`](crate::file::manage::StatFile), answered by [`Kind::FILE_INFO`].
     pub const STAT_FILE: Self = Self(0x0300);
-    /// [`ListDirectory`](crate::file::manage::ListDirectory), answered by [`Kind::DIRECTORY_PAGE`].
-    pub const LIST_DIRECTORY: Self = Self(0x0301);
     /// [`MakeDirectory`](crate::file::manage::MakeDirectory), answered by [`Kind::FILE_DONE`].
     pub const MAKE_DIRECTORY: Self = Self(0x0302);
     /// [`RenameFile`](crate::file::manage::RenameFile), answered by [`Kind::FILE_DONE`].

@@ -1,5 +1,5 @@
-//! Listing a directory, a page at a time and never more than one page in memory. The names are a
-//! guest's: each is one name of a directory, or the list is refused.
+//! Listing a directory on one stream, never more than one page in memory. The names are a guest's: each
+//! is one name of a directory, or the list is refused.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,20 +8,34 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use futures::Stream;
-use protocol::file::manage::{DirectoryEntry, DirectoryPage, ListDirectory};
+use protocol::Kind;
+use protocol::file::manage::{DirectoryEntry, DirectoryPage, WalkDirectory};
 
 use super::show;
+use crate::agent::{Replies, Requests, out_of_order};
 use crate::error::ClientError;
-use crate::vm::{Repeat, Vm};
+use crate::vm::Vm;
 
 /// The longest name and the longest target of a link that Linux has.
 const MOST_OF_A_NAME: usize = 255;
 const MOST_OF_A_TARGET: usize = 4096;
 
-type Asking = Pin<Box<dyn Future<Output = Result<DirectoryPage, ClientError>> + Send>>;
+type Asking = Pin<Box<dyn Future<Output = Result<(Replies, Requests), ClientError>> + Send>>;
 
-/// The entries of a directory in the order of their names' bytes, without `.` and `..`. What is
-/// there all the time comes exactly once, whatever else is made or removed meanwhile.
+enum State {
+    /// Nothing has come yet, and nothing is asked before somebody wants it.
+    New,
+    Asking(Asking),
+    Reading {
+        replies: Replies,
+        // The agent takes the end of our half for our leaving.
+        _requests: Requests,
+    },
+    Over,
+}
+
+/// The entries of a directory without `.` and `..`, in no order. What is there all the time comes
+/// exactly once, whatever else is made or removed meanwhile.
 ///
 /// ```no_run
 /// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {
@@ -37,10 +51,7 @@ pub struct Listing {
     path: Vec<u8>,
     targets: bool,
     page: VecDeque<DirectoryEntry>,
-    /// The page that is being asked for.
-    asking: Option<Asking>,
-    /// Where the next page begins; none after the last.
-    after: Option<Vec<u8>>,
+    state: State,
     failed: bool,
 }
 
@@ -61,13 +72,13 @@ impl Vm {
             path: path.as_ref().to_vec(),
             targets: false,
             page: VecDeque::new(),
-            asking: None,
-            after: Some(Vec::new()),
+            state: State::New,
             failed: false,
         }
     }
 
-    /// All entries of a directory, if there are no more than `limit`.
+    /// All entries of a directory in the order of their names' bytes, if there are no more than
+    /// `limit`.
     pub async fn list_dir(
         &self,
         path: impl AsRef<[u8]>,
@@ -84,6 +95,7 @@ impl Vm {
             }
             entries.push(entry);
         }
+        entries.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(entries)
     }
 }
@@ -109,44 +121,50 @@ impl Listing {
             if let Some(entry) = self.page.pop_front() {
                 return Poll::Ready(Ok(Some(entry)));
             }
-            let Some(after) = &self.after else {
-                return Poll::Ready(Ok(None));
-            };
-            let asking = self.asking.get_or_insert_with(|| {
-                let vm = self.vm.clone();
-                let request = ListDirectory {
-                    path: self.path.clone(),
-                    after: after.clone(),
-                    limit: 0,
-                    targets: self.targets,
-                };
-                Box::pin(async move { vm.ask(&request, Repeat::Safe).await })
-            });
-            let page = ready!(asking.as_mut().poll(cx));
-            self.asking = None;
-            let page = page?;
-            check(after, &page)?;
-            self.after = page.next;
-            self.page = page.entries.into();
+            match &mut self.state {
+                State::New => {
+                    let vm = self.vm.clone();
+                    let request = WalkDirectory {
+                        path: self.path.clone(),
+                        targets: self.targets,
+                    };
+                    let asking = async move { vm.begin(&request).await };
+                    self.state = State::Asking(Box::pin(asking));
+                }
+                State::Asking(asking) => {
+                    let begun = ready!(asking.as_mut().poll(cx));
+                    self.state = State::New;
+                    let (replies, requests) = begun.map_err(ClientError::repeatable)?;
+                    self.state = State::Reading {
+                        replies,
+                        _requests: requests,
+                    };
+                }
+                State::Reading { replies, .. } => {
+                    let frame = ready!(replies.poll_next(cx)).map_err(ClientError::repeatable)?;
+                    match frame.kind {
+                        Kind::DIRECTORY_PAGE => {
+                            let page: DirectoryPage = protocol::decode(&frame)?;
+                            check(&page)?;
+                            self.page = page.entries.into();
+                        }
+                        Kind::FILE_DONE => self.state = State::Over,
+                        _ => return Poll::Ready(Err(out_of_order(&frame))),
+                    }
+                }
+                State::Over => return Poll::Ready(Ok(None)),
+            }
         }
     }
 }
 
-/// A page that goes back, or that has what is no name, would lead whoever believes it astray.
-fn check(after: &[u8], page: &DirectoryPage) -> Result<(), ClientError> {
-    let names = page.entries.iter().map(|entry| entry.name.as_slice());
-    let ordered = std::iter::once(after)
-        .chain(names.clone())
-        .is_sorted_by(|one, next| one < next);
-    let last = names.clone().next_back().unwrap_or(after);
-    let goes_on = page
-        .next
-        .as_ref()
-        .is_none_or(|next| next.as_slice() >= last && next.as_slice() > after);
-    if !ordered || !goes_on {
-        return Err(ClientError::Broken("the list is not in order".into()));
+/// What is no name would lead whoever believes it astray, and pages of nothing need not end.
+fn check(page: &DirectoryPage) -> Result<(), ClientError> {
+    if page.entries.is_empty() {
+        return Err(ClientError::Broken("a page of the list is empty".into()));
     }
     for entry in &page.entries {
+        let name = entry.name.as_slice();
         let target = entry.info.target.as_ref().map_or(0, Vec::len);
         if entry.name.len() > MOST_OF_A_NAME || target > MOST_OF_A_TARGET {
             return Err(ClientError::Broken(format!(
@@ -154,9 +172,12 @@ fn check(after: &[u8], page: &DirectoryPage) -> Result<(), ClientError> {
                 entry.name.len()
             )));
         }
-    }
-    for name in names {
-        if name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+        if name.is_empty()
+            || name == b"."
+            || name == b".."
+            || name.contains(&b'/')
+            || name.contains(&0)
+        {
             let message = format!("`{}` is no name in a directory", show(name).escape_debug());
             return Err(ClientError::Broken(message));
         }
@@ -184,7 +205,7 @@ mod tests {
 
     use super::*;
 
-    fn page(names: &[&str], next: Option<&str>) -> DirectoryPage {
+    fn page(names: &[&str]) -> DirectoryPage {
         let info = FileInfo {
             file_type: FileType::Regular,
             mode: 0,
@@ -204,43 +225,23 @@ mod tests {
         };
         DirectoryPage {
             entries: names.iter().map(entry).collect(),
-            next: next.map(|next| next.as_bytes().to_vec()),
         }
     }
 
     #[test]
-    fn a_page_that_goes_back_or_leads_out_of_the_directory_is_refused() {
-        for good in [
-            page(&[], None),
-            page(&["b", "c"], None),
-            page(&["b"], Some("b")),
-            page(&[], Some("d")),
-            page(&["..."], None),
-        ] {
-            check(b"", &good).unwrap();
-        }
-        check(b"a", &page(&["b"], Some("c"))).unwrap();
-        for bad in [
-            page(&["a"], None),
-            page(&["c", "b"], None),
-            page(&["b", "b"], None),
-            page(&["c"], Some("b")),
-            page(&[], Some("a")),
-            page(&["b/../../etc"], None),
-            page(&["b\0"], None),
-        ] {
-            assert!(check(b"a", &bad).is_err(), "{bad:?}");
-        }
+    fn a_name_that_is_none_or_leads_out_of_the_directory_is_refused() {
         let long = "x".repeat(256);
-        check(b"a", &page(&[&long[1..]], None)).unwrap();
-        assert!(check(b"a", &page(&[&long], None)).is_err());
-        let mut target = page(&["b"], None);
-        target.entries[0].info.target = Some(vec![b'x'; 4096]);
-        check(b"a", &target).unwrap();
-        target.entries[0].info.target = Some(vec![b'x'; 4097]);
-        assert!(check(b"a", &target).is_err());
-        for bad in ["", ".", ".."] {
-            assert!(check(b"", &page(&[bad], None)).is_err(), "{bad}");
+        for good in [&["b", "a"][..], &["..."], &[&long[1..]]] {
+            check(&page(good)).unwrap();
         }
+        for bad in ["", ".", "..", "b/../../etc", "b\0", &long] {
+            assert!(check(&page(&["a", bad])).is_err(), "{bad:?}");
+        }
+        assert!(check(&page(&[])).is_err());
+        let mut target = page(&["b"]);
+        target.entries[0].info.target = Some(vec![b'x'; 4096]);
+        check(&target).unwrap();
+        target.entries[0].info.target = Some(vec![b'x'; 4097]);
+        assert!(check(&target).is_err());
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::reboot::{RebootMode, reboot, set_cad_enabled};
+use nix::sys::reboot::set_cad_enabled;
 use nix::sys::stat::Mode;
 
 use crate::agent;
@@ -52,13 +52,8 @@ pub(crate) fn run() -> ! {
 
 fn fatal(reason: std::fmt::Arguments<'_>) -> ! {
     log::error(format_args!("event=boot_failed reason=\"{reason}\""));
-    nix::unistd::sync();
-    // On success this does not return; without it there is nothing better than to stay.
-    let _ = reboot(RebootMode::RB_POWER_OFF);
-    log::error(format_args!("event=power_off_failed"));
-    loop {
-        std::thread::park();
-    }
+    shutdown::sync();
+    shutdown::power_off()
 }
 
 fn bring_up() -> Result<(), BootError> {

@@ -1,82 +1,112 @@
 //! The last steps of a virtual machine, when no process but this one is left: everything mounted is
-//! unmounted, the root disk is synced and made read-only, and the power goes off, also where a disk
-//! or a file system does not answer.
+//! unmounted, the root disk is synced and made read-only, and the power goes off. A disk that does not
+//! answer must not keep the machine on: every step has a deadline, and the others come nevertheless.
 
-use std::fs::File;
 use std::path::Path;
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::stat::Mode;
+use nix::unistd::syncfs;
 
 use crate::log;
 use crate::system::files;
 
 /// Longest table of mounts that is read.
 const MAX_TABLE: usize = 4 << 20;
+/// The stack of a thread that waits for a disk.
+const STACK: usize = 128 << 10;
 
-/// How long the disks may take.
-const DISKS: Duration = Duration::from_secs(60);
+/// How long all disks may take to store what they have not yet: a slow one with much to do is no
+/// broken one.
+const SYNC: Duration = Duration::from_secs(60);
+/// How long what is mounted may take to be unmounted, each and together.
+const UNMOUNT: Duration = Duration::from_secs(3);
+const UNMOUNT_ALL: Duration = Duration::from_secs(6);
+/// How long the root disk may take to become read-only.
+const ROOT: Duration = Duration::from_secs(4);
 
-/// Makes the disks safe and switches the machine off.
+/// Makes the disks safe, as far as they answer in time, and switches the machine off.
 pub(crate) fn disks_and_power() -> ! {
-    if !within(DISKS, make_safe) {
-        log::error(format_args!(
-            "event=disks_not_safe reason=\"not done within {} s\"",
-            DISKS.as_secs()
-        ));
+    sync();
+    // What the user mounted, latest first. Kernel file systems need no unmounting.
+    let table = files::read(Path::new("/proc/self/mounts"), MAX_TABLE).unwrap_or_default();
+    let now = Instant::now();
+    let deadline = now.checked_add(UNMOUNT_ALL).unwrap_or(now);
+    for place in disk_mounts(&table).into_iter().rev() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        within("unmount", UNMOUNT.min(left), move || unmount(&place));
     }
-    // On success this does not return.
+    within("make_root_read_only", ROOT, make_root_read_only);
+    power_off()
+}
+
+/// Stores what the disks do not have yet, if they answer in time.
+pub(super) fn sync() {
+    within("sync", SYNC, nix::unistd::sync);
+}
+
+/// Switches the machine off as it is.
+pub(super) fn power_off() -> ! {
+    // On success this does not return; without it there is nothing better than to stay.
     let refused: Result<_, Errno> = reboot(RebootMode::RB_POWER_OFF);
     log::error(format_args!("event=power_off_failed error={refused:?}"));
     loop {
-        thread::park();
+        std::thread::park();
     }
 }
 
-/// Does the work in a thread of its own, or here where there can be none; says whether it was done
-/// in time.
-fn within(limit: Duration, work: fn()) -> bool {
-    let (done, is_done) = mpsc::channel();
-    let other = thread::Builder::new().spawn(move || {
-        work();
-        // Whoever waited may have given up.
-        let _ = done.send(());
-    });
-    match other {
-        Ok(_) => is_done.recv_timeout(limit).is_ok(),
-        Err(_) => {
-            work();
-            true
-        }
+fn unmount(place: &[u8]) {
+    if let Err(errno) = umount2(place, MntFlags::UMOUNT_NOFOLLOW) {
+        log::warn(format_args!(
+            "event=not_unmounted place={} error={errno}",
+            String::from_utf8_lossy(place)
+        ));
     }
 }
 
-fn make_safe() {
-    // The root first: what a user mounted may never answer.
-    let synced = File::open("/").map(nix::unistd::syncfs);
-    if !matches!(synced, Ok(Ok(()))) {
-        log::warn(format_args!("event=root_not_synced error={synced:?}"));
-    }
-    // What the user mounted, latest first. Kernel file systems need no unmounting.
-    let table = files::read(Path::new("/proc/self/mounts"), MAX_TABLE).unwrap_or_default();
-    for place in disk_mounts(&table).into_iter().rev() {
-        if let Err(errno) = umount2(place.as_slice(), MntFlags::UMOUNT_NOFOLLOW) {
-            log::warn(format_args!(
-                "event=not_unmounted place={} error={errno}",
-                String::from_utf8_lossy(&place)
-            ));
-        }
-    }
-    nix::unistd::sync();
+fn make_root_read_only() {
+    // Another disk may have held up the sync of all.
+    let synced = open("/", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).and_then(syncfs);
     let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    if let Err(errno) = mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>) {
+    let mounted = mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>);
+    if let Err(errno) = synced.and(mounted) {
         // Its journal was synced above; the next mount replays it.
         log::warn(format_args!("event=root_not_read_only error={errno}"));
     }
+}
+
+/// Does something that a disk which does not answer may hold up for ever, on a thread that is then
+/// left to itself. Whether it was done in time.
+fn within(what: &'static str, limit: Duration, work: impl Fn() + Send + Sync + 'static) -> bool {
+    let work = Arc::new(work);
+    let (done, ended) = mpsc::sync_channel(1);
+    let theirs = Arc::clone(&work);
+    let started = std::thread::Builder::new()
+        .name(what.to_owned())
+        .stack_size(STACK)
+        .spawn(move || {
+            theirs();
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        });
+    if let Err(error) = started {
+        log::warn(format_args!("event=no_deadline what={what} error={error}"));
+        work();
+        return true;
+    }
+    let in_time = ended.recv_timeout(limit).is_ok();
+    if !in_time {
+        log::warn(format_args!(
+            "event=disk_not_safe what={what} waited_ms={}",
+            limit.as_millis()
+        ));
+    }
+    in_time
 }
 
 /// Where the table of mounts says that something on a device is mounted, except the root.
@@ -118,11 +148,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_that_does_not_answer_does_not_keep_the_machine_on() {
-        assert!(within(Duration::from_secs(60), || {}));
-        assert!(!within(Duration::from_millis(10), || loop {
-            thread::park();
-        }));
+    fn a_disk_that_does_not_answer_holds_up_nothing_behind_it() {
+        let (_never, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        let hangs = move || {
+            let _ = wait.lock().unwrap().recv();
+        };
+        assert!(!within("hangs", Duration::from_millis(20), hangs));
+        let (done, seen) = mpsc::sync_channel(1);
+        let works = move || done.send(()).unwrap();
+        assert!(within("works", Duration::from_secs(60), works));
+        seen.try_recv().unwrap();
+        let panics = || panic!("injected");
+        assert!(!within("panics", Duration::from_secs(60), panics));
     }
 
     #[test]

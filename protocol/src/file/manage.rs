@@ -14,22 +14,8 @@ pub struct StatFile {
     pub follow: bool,
 }
 
-/// Lists a directory in the order of the names' bytes; answered by [`DirectoryPage`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ListDirectory {
-    /// Which one.
-    pub path: Vec<u8>,
-    /// Only names after this one; empty begins. It need not exist any more.
-    pub after: Vec<u8>,
-    /// Most entries of the answer; zero: as many as fit.
-    pub limit: u16,
-    /// Read where symbolic links point.
-    pub targets: bool,
-}
-
 /// Lists a directory of any size in one reading and in the file system's order; answered by
-/// [`DirectoryPage`]s, of which none names a next one, and at the end by
-/// [`FileDone`](super::FileDone).
+/// [`DirectoryPage`]s, and at the end by [`FileDone`](super::FileDone).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WalkDirectory {
     /// Which one.
@@ -51,10 +37,8 @@ pub struct DirectoryEntry {
 /// Entries of a directory. What was there all the time is on exactly one page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryPage {
-    /// Without `.` and `..`; of a listing, in the order of the names' bytes.
+    /// At least one; without `.` and `..`.
     pub entries: Vec<DirectoryEntry>,
-    /// What to ask for as `after` next; none when this page is the last.
-    pub next: Option<Vec<u8>>,
 }
 
 /// Makes a directory; answered by [`FileDone`](super::FileDone).
@@ -151,7 +135,6 @@ pub struct ResizeFile {
 
 messages! {
     STAT_FILE => StatFile,
-    LIST_DIRECTORY => ListDirectory,
     MAKE_DIRECTORY => MakeDirectory,
     RENAME_FILE => RenameFile,
     REMOVE_FILE => RemoveFile,
@@ -179,13 +162,6 @@ mod tests {
             follow: true,
         };
         golden(&stat, b"\x03\0\0\0\x00\x03\0\x01p\x01");
-        let list = ListDirectory {
-            path: b"p".to_vec(),
-            after: b"a".to_vec(),
-            limit: 300,
-            targets: true,
-        };
-        golden(&list, b"\x07\0\0\0\x01\x03\0\x01p\x01a\xac\x02\x01");
         let walk = WalkDirectory {
             path: b"p".to_vec(),
             targets: true,
@@ -209,11 +185,10 @@ mod tests {
                 name: b"n".to_vec(),
                 info,
             }],
-            next: Some(b"n".to_vec()),
         };
         golden(
             &page,
-            b"\x11\0\0\0\x22\x03\0\x01\x01n\x01\x01\x02\x03\x04\x05\x0c\x07\x08\x09\0\x01\x01n",
+            b"\x0e\0\0\0\x22\x03\0\x01\x01n\x01\x01\x02\x03\x04\x05\x0c\x07\x08\x09\0",
         );
         golden(
             &ReadLink {

@@ -2,8 +2,8 @@
 //! beside the agent.
 
 use protocol::file::manage::{
-    DirectoryPage, FilesRemoved, LinkTarget, ListDirectory, MakeDirectory, MakeSymlink, ReadLink,
-    RemoveFile, RenameFile, StatFile,
+    DirectoryPage, FilesRemoved, LinkTarget, MakeDirectory, MakeSymlink, ReadLink, RemoveFile,
+    RenameFile, StatFile, WalkDirectory,
 };
 use protocol::file::transfer::{
     FileHole, FileWritten, QueryUpload, ReadEnded, ReadFile, ReadStarted, UploadId, UploadState,
@@ -236,27 +236,20 @@ async fn names(talk: &Talk<'_>) -> Result<(), Failure> {
     let info: FileInfo = talk.ask(&follow).await?;
     ensure(info.size == 8 * MIB as u64, || format!("{info:?}"))?;
 
-    let (mut seen, mut after, mut pages) = (Vec::new(), Vec::new(), 0);
-    loop {
-        let list = ListDirectory {
-            path: b"names".to_vec(),
-            after,
-            limit: 4,
-            targets: false,
-        };
-        let page: DirectoryPage = talk.ask(&list).await?;
-        pages += 1;
-        let entries = page.entries.into_iter();
-        seen.extend(entries.map(|entry| String::from_utf8_lossy(&entry.name).into_owned()));
-        match page.next {
-            Some(next) => after = next,
-            None => break,
-        }
-    }
-    ensure(
-        seen == ["0", "1", "2", "3", "below", "link"] && pages == 2,
-        || format!("{seen:?} on {pages} pages"),
-    )?;
+    let walk = WalkDirectory {
+        path: b"names".to_vec(),
+        targets: false,
+    };
+    let mut stream = talk.begin(&walk).await?;
+    let page: DirectoryPage = stream.message().await?;
+    let FileDone {} = stream.message().await?;
+    let entries = page.entries.into_iter();
+    let names = entries.map(|entry| String::from_utf8_lossy(&entry.name).into_owned());
+    let mut seen: Vec<_> = names.collect();
+    seen.sort();
+    ensure(seen == ["0", "1", "2", "3", "below", "link"], || {
+        format!("{seen:?}")
+    })?;
     let path = b"names".to_vec();
     let recursive = |recursive| RemoveFile {
         path: path.clone(),

@@ -11,14 +11,14 @@ use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, fstat, lstat, mkdirat
 use nix::unistd::{Gid, Uid, fchownat};
 use protocol::ErrorBody;
 use protocol::file::manage::{
-    ChangeMode, ChangeOwner, DirectoryPage, FilesRemoved, LinkTarget, ListDirectory, MakeDirectory,
-    MakeSymlink, ReadLink, RemoveFile, RenameFile, ResizeFile, StatFile,
+    ChangeMode, ChangeOwner, FilesRemoved, LinkTarget, MakeDirectory, MakeSymlink, ReadLink,
+    RemoveFile, RenameFile, ResizeFile, StatFile,
 };
 use protocol::file::{FileDone, FileInfo, FileType};
 
 use super::error::{invalid, refused};
 use super::path::{self, Place};
-use super::{info, list, owner, remove};
+use super::{info, owner, remove};
 
 /// The twelve bits that a mode may have.
 const MODE: u32 = 0o7777;
@@ -44,12 +44,6 @@ pub(super) fn stat_file(request: StatFile, workspace: &Path) -> Result<FileInfo,
         info.target = nix::fcntl::readlink(&path).ok().map(OsString::into_vec);
     }
     Ok(info)
-}
-
-pub(super) fn list(request: ListDirectory, workspace: &Path) -> Result<DirectoryPage, ErrorBody> {
-    let path = path::parse(request.path, workspace)?;
-    let after = OsString::from_vec(request.after);
-    list::page(&path, &after, request.limit, request.targets)
 }
 
 pub(super) fn make_directory(

@@ -37,7 +37,6 @@ pub(crate) fn is_request(kind: Kind) -> bool {
     matches!(
         kind,
         Kind::STAT_FILE
-            | Kind::LIST_DIRECTORY
             | Kind::MAKE_DIRECTORY
             | Kind::RENAME_FILE
             | Kind::REMOVE_FILE
@@ -67,7 +66,6 @@ pub(crate) fn serve(
     let at = &agent.workspace;
     match frame.kind {
         Kind::STAT_FILE => answer(stream, frame, |request| manage::stat_file(request, at)),
-        Kind::LIST_DIRECTORY => answer(stream, frame, |request| manage::list(request, at)),
         Kind::MAKE_DIRECTORY => {
             answer(stream, frame, |request| manage::make_directory(request, at))
         }
