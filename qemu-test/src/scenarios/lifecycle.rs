@@ -35,6 +35,10 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
     let node = context.shell(&made, "node --version").await?;
     ensure(node.starts_with('v'), || node.clone())?;
 
+    let console = client.console(vm::reference(&made)).await?;
+    let console = String::from_utf8_lossy(&console).into_owned();
+    ensure(console.contains("event=serving"), || console.clone())?;
+
     let boot_id = context.boot_id(&made).await?;
     context
         .shell(&made, "echo kept > /workspace/file; echo kept > /root/file")

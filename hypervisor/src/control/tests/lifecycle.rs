@@ -1,10 +1,35 @@
 //! What a VM's owner does with it, and how runs end.
 
 use protocol::host::vmm::Ending;
-use protocol::vm::{EndReason, GetVm, OpenVm, Opened, StartVm, StopVm, VmInfo, VmState};
+use protocol::vm::{
+    Console, EndReason, GetVm, MAX_CONSOLE, OpenVm, Opened, ReadConsole, StartVm, StopVm, VmInfo,
+    VmRef, VmState,
+};
 use protocol::{ErrorCode, Fault, Retry};
 
 use super::world::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_vms_console_is_its_owners_to_read() {
+    let world = World::new().await;
+    let made = world.create(&create(1)).await.unwrap();
+    let vm = VmRef::Id(made.id.clone());
+    let read = ReadConsole { vm };
+    let console: Console = world.ask(&read).await.unwrap();
+    assert_eq!(console.bytes, b"Linux version 6.12\n");
+    let error = world
+        .api()
+        .ask::<_, Console>("yours", &read)
+        .await
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::VmNotFound);
+    // One longer than an answer is cut at its beginning.
+    let path = world.path("vms").join(made.id.as_str()).join("console.log");
+    std::fs::write(&path, [vec![b'x'; MAX_CONSOLE], b"end".to_vec()].concat()).unwrap();
+    let console: Console = world.ask(&read).await.unwrap();
+    assert_eq!(console.bytes.len(), MAX_CONSOLE);
+    assert!(console.bytes.ends_with(b"xend"));
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_is_created_stopped_started_and_deleted() {
