@@ -36,6 +36,7 @@ fuzz: setup ## Fuzzes every decoder for an hour (FUZZ_SECONDS=3600).
 
 bench: images ## Measures; prints the tables of docs/performance.md.
 	cargo run --release --quiet -p guest-init --example speed
+	TMPDIR=/dev/shm cargo bench --quiet -p client --bench speed
 	peer=$$($(TARGET)/release/image-builder peer-qemu) && \
 	    $(TARGET)/release/qemu-test bench --peer "$$peer/peer-qemu.cpio"
 
