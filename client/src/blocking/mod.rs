@@ -29,6 +29,7 @@ use protocol::id::VmId;
 use protocol::vm::{CreateVm, VmInfo, VmPage, VmRef};
 
 use crate::{ClientError, Endpoint, Trust};
+#[cfg(feature = "patch")]
 pub(crate) use own::Own;
 use thread::Thread;
 

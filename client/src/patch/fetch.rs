@@ -1,12 +1,21 @@
-//! Contents from the web, streamed. Only http and https; an answer that is not 2xx is a failure,
-//! and no answer is waited for without end.
+//! Contents from the web, streamed. Only http and https; an answer that is not 2xx is a failure, no
+//! answer is waited for without end, and none may be longer than [`MOST`]. A thread of its own talks
+//! to the server, so that an interrupt ends the wait for one that says nothing.
 
 use std::io::{self, Read, Write};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use super::Failure;
 use super::interrupt::Interrupt;
 use super::media::safe_name;
+
+/// The longest content, in bytes.
+const MOST: u64 = 8 << 30;
+/// How long a server may take to begin its answer, and to go on with it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes that are passed on at once; a few pieces wait for whoever reads.
+const PIECE: usize = 128 << 10;
 
 /// An answer that has begun.
 pub(super) struct Fetched {
@@ -26,16 +35,59 @@ pub(super) fn is_url(text: &str) -> bool {
 
 /// Asks for an address.
 pub(super) fn get(url: &str, interrupt: &Interrupt) -> Result<Fetched, Failure> {
+    if interrupt.is_set() {
+        return Err(Failure::Interrupted);
+    }
+    let (sender, news) = sync_channel(4);
+    let waker = sender.clone();
+    interrupt.on_set(move || {
+        // Where there is no room, nobody waits for news.
+        let _ = waker.try_send(News::Interrupted);
+    });
+    let wanted = url.to_owned();
+    std::thread::Builder::new()
+        .name("fetch".into())
+        .spawn(move || {
+            if let Err(failure) = talk(&wanted, &sender) {
+                let _ = sender.send(News::Failed(failure));
+            }
+        })
+        .map_err(|error| failed(url, &format!("no thread for it: {error}")))?;
+    let mut body = Body {
+        news,
+        piece: io::Cursor::new(Vec::new()),
+        over: false,
+        interrupt: interrupt.clone(),
+    };
+    match body.next()? {
+        News::Begun(size) => Ok(Fetched {
+            body: Box::new(body),
+            size,
+        }),
+        _ => Err(failed(url, "its answer has no beginning")),
+    }
+}
+
+/// What the thread that talks to the server tells.
+enum News {
+    /// The answer has begun; how long it says it is.
+    Begun(Option<u64>),
+    Piece(Vec<u8>),
+    End,
+    Failed(Failure),
+    Interrupted,
+}
+
+/// Fetches all of it, as fast as somebody takes it.
+fn talk(url: &str, news: &SyncSender<News>) -> Result<(), Failure> {
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_connect(Some(Duration::from_secs(15)))
-        .timeout_recv_response(Some(Duration::from_secs(60)))
+        .timeout_recv_response(Some(PATIENCE))
+        .timeout_per_read(Some(PATIENCE))
         .http_status_as_error(false)
         .user_agent(concat!("sup/", env!("CARGO_PKG_VERSION")))
         .build()
         .into();
-    if interrupt.is_set() {
-        return Err(Failure::Interrupted);
-    }
     let answer = agent
         .get(url)
         .call()
@@ -48,22 +100,42 @@ pub(super) fn get(url: &str, interrupt: &Interrupt) -> Result<Fetched, Failure> 
     }
     let body = answer.into_body();
     let size = body.content_length();
-    Ok(Fetched {
-        body: Box::new(Guarded {
-            inner: body.into_reader(),
-            interrupt: interrupt.clone(),
-        }),
-        size,
-    })
+    if size.is_some_and(|size| size > MOST) {
+        return Err(too_long(url));
+    }
+    let mut body = body.into_reader();
+    let mut left = MOST;
+    if news.send(News::Begun(size)).is_err() {
+        return Ok(());
+    }
+    loop {
+        let mut piece = vec![0; PIECE];
+        let count = body
+            .read(&mut piece)
+            .map_err(|error| failed(url, &error.to_string()))?;
+        if count == 0 {
+            let _ = news.send(News::End);
+            return Ok(());
+        }
+        left = left
+            .checked_sub(count as u64)
+            .ok_or_else(|| too_long(url))?;
+        piece.truncate(count);
+        if news.send(News::Piece(piece)).is_err() {
+            return Ok(());
+        }
+    }
 }
 
 /// Writes an answer into a file.
 pub(super) fn copy(url: &str, body: &mut dyn Read, file: &mut dyn Write) -> Result<u64, Failure> {
     io::copy(body, file).map_err(|error| {
         if error.kind() == io::ErrorKind::ConnectionAborted {
-            Failure::Interrupted
-        } else {
-            failed(url, &error.to_string())
+            return Failure::Interrupted;
+        }
+        match error.downcast() {
+            Ok(failure) => failure,
+            Err(error) => failed(url, &error.to_string()),
         }
     })
 }
@@ -105,18 +177,55 @@ fn failed(url: &str, why: &str) -> Failure {
     }
 }
 
-/// Ends a read when someone asked for the end.
-struct Guarded<R> {
-    inner: R,
+fn too_long(url: &str) -> Failure {
+    let most = MOST >> 30;
+    Failure::Host {
+        code: "TOO_LARGE".into(),
+        message: format!("fetching {url}: it is longer than {most} GiB; fetch it in the VM"),
+    }
+}
+
+/// The content as it comes. Its errors are failures; of an interrupt it is `ConnectionAborted`.
+struct Body {
+    news: Receiver<News>,
+    piece: io::Cursor<Vec<u8>>,
+    over: bool,
     interrupt: Interrupt,
 }
 
-impl<R: Read> Read for Guarded<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl Body {
+    fn next(&mut self) -> Result<News, Failure> {
         if self.interrupt.is_set() {
-            return Err(io::ErrorKind::ConnectionAborted.into());
+            return Err(Failure::Interrupted);
         }
-        self.inner.read(buffer)
+        match self.news.recv() {
+            Ok(News::Failed(failure)) => Err(failure),
+            Ok(News::Interrupted) => Err(Failure::Interrupted),
+            Ok(news) => Ok(news),
+            Err(_) => Err(Failure::Host {
+                code: "BROKEN".into(),
+                message: "the fetch broke off: this is a defect of sup".into(),
+            }),
+        }
+    }
+}
+
+impl Read for Body {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let count = self.piece.read(buffer)?;
+            if count > 0 || self.over || buffer.is_empty() {
+                return Ok(count);
+            }
+            match self.next() {
+                Ok(News::Piece(piece)) => self.piece = io::Cursor::new(piece),
+                Ok(_) => self.over = true,
+                Err(Failure::Interrupted) => {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+                Err(failure) => return Err(io::Error::other(failure)),
+            }
+        }
     }
 }
 

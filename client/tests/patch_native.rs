@@ -1,0 +1,481 @@
+//! Patches by `sup run` against the whole appliance but for the machine: the real control, proxy and
+//! agent, and real commands.
+#![cfg(feature = "patch")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/native.rs"]
+mod native;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use client::protocol::vm::VmRef;
+use native::{Appliance, TOKEN};
+use serde_json::{Value, json};
+
+/// A limit that only a hang reaches; a server is given up on after twice that.
+const HANG: Duration = Duration::from_secs(30);
+
+/// An appliance, and a user with a home that is empty at first.
+struct World {
+    appliance: Arc<Appliance>,
+    home: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            appliance: Appliance::shared(),
+            home: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.home.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// Runs are of one patch: they share what it keeps.
+    fn sup(&self, source: &str, arguments: &[&str]) -> Command {
+        let patch = self.file("patch.js", source);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sup"));
+        command
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("SUP_ENDPOINT", self.appliance.unix())
+            .env("SUP_TOKEN", TOKEN)
+            .current_dir(self.home.path())
+            .arg("run")
+            .arg(patch)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, source: &str, arguments: &[&str]) -> (i32, String, String) {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self.sup(source, arguments).output().unwrap();
+        (
+            status.code().unwrap(),
+            String::from_utf8(stdout).unwrap(),
+            String::from_utf8(stderr).unwrap(),
+        )
+    }
+
+    /// The result of a script in which `vm` is a VM that is taken away at the end, `thrown` gives
+    /// what a function throws, and `plain` an object without its texts of output.
+    fn told(&self, source: &str) -> Value {
+        self.json(&format!(
+            "const thrown = (f) => {{ try {{ f() }} catch (e) {{ return [e.name, e.code ?? e.exitCode, e.reason ?? e.path ?? null] }} }};
+             const ends = (r) => [r.exitCode, r.error ?? null];
+             const vm = sup.vm(); try {{\n{source}\n}} finally {{ vm.delete() }}"
+        ))
+    }
+
+    fn json(&self, source: &str) -> Value {
+        let (code, out, said) = self.run(source, &["--json"]);
+        assert_eq!(code, 0, "{said}");
+        serde_json::from_str(&out).unwrap()
+    }
+}
+
+#[test]
+fn commands_give_output_by_source_and_every_kind_of_end_its_reason() {
+    let world = World::new();
+    let told = world.told(
+        "vm.exec('mkdir sub; printf x > file');
+         const both = vm.execResult('echo out; sleep 0.1; echo err >&2; sleep 0.1; echo out');
+         return [both.output, both.stdout, both.stderr, ends(both),
+           vm.exec(''), vm.exec(['printf', '%s|', 'a b', '$HOME', '']),
+           vm.exec('pwd', { cwd: 'sub' }), vm.exec('echo $A$B', { env: { A: 1, B: null } }),
+           vm.exec('echo ${HOME-none}', { env: { HOME: undefined } }),
+           ends(vm.execResult('exit 3')), ends(vm.execResult(['no-such-program'])),
+           ends(vm.execResult(['./file'])), ends(vm.execResult('true', { cwd: 'none' })),
+           ends(vm.execResult('kill -SEGV $$')), ends(vm.execResult('kill -KILL $$'))]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            "out\nerr\nout\n",
+            "out\nout\n",
+            "err\n",
+            [0, null],
+            "",
+            "a b|$HOME||",
+            "/workspace/sub\n",
+            "1\n",
+            "none\n",
+            [3, "Command failed"],
+            [127, "not found: no-such-program"],
+            [126, "not executable: ./file"],
+            [126, "no such directory: none"],
+            [139, "killed by signal SIGSEGV"],
+            [137, "killed by signal SIGKILL"],
+        ])
+    );
+}
+
+#[test]
+fn a_failed_command_throws_all_that_is_known() {
+    let world = World::new();
+    let told = world.told(
+        "try { vm.exec('echo one; sleep 0.1; echo two >&2; exit 4') } catch (e) {
+           return [e instanceof SupVMExecError, e instanceof Error, e.name, e.exitCode, e.stdout, e.stderr, e.output,
+             e.reason === undefined, e.message.includes('exit 4'), e.message.endsWith('two')] }",
+    );
+    assert_eq!(
+        told,
+        json!([
+            true,
+            true,
+            "SupVMExecError",
+            4,
+            "one\n",
+            "two\n",
+            "one\ntwo\n",
+            true,
+            true,
+            true
+        ])
+    );
+}
+
+#[test]
+fn output_of_any_kind_and_size_arrives() {
+    let world = World::new();
+    let told = world.told(
+        "const big = vm.exec('head -c 104857600 /dev/zero | tr \"\\\\0\" x');
+         const binary = vm.exec(\"printf 'a\\\\000\\\\377b'\");
+         const cut = vm.exec(\"printf '\\\\303'; sleep 0.2; printf '\\\\251'\");
+         return [big.length, big[0], big.at(-1), binary, cut]",
+    );
+    assert_eq!(told, json!([104_857_600, "x", "x", "a\u{0}\u{fffd}b", "é"]));
+}
+
+#[test]
+fn sessions_keep_directory_and_variables_and_a_missing_one_is_told_at_the_next_command() {
+    let world = World::new();
+    let told = world.told(
+        "const s = vm.session(); const first = s.cwd ?? null;
+         vm.exec('mkdir -p app/api'); s.cd('app'); s.cd('./api/../api'); s.setEnv('A', 'b'); s.setEnv('HOME', null);
+         const seen = s.exec('pwd; echo $A ${HOME-none}'); s.env.A = 'changed';
+         const stream = s.execStreaming(['pwd']).block();
+         s.cd('/none'); const missing = [ends(s.execResult('true')), thrown(() => s.exec('true')), s.execStreaming('true').blockResult().error];
+         return [first, seen, stream, s.env, s.cwd, ...missing]",
+    );
+    let missing = "no such directory: /none";
+    assert_eq!(
+        told,
+        json!([
+            null,
+            "/workspace/app/api\nb none\n",
+            "/workspace/app/api\n",
+            {"A": "b"},
+            "/none",
+            [126, missing],
+            ["SupVMExecError", 126, missing],
+            missing,
+        ])
+    );
+}
+
+#[test]
+fn a_chunk_reaches_the_script_while_the_command_runs_and_each_reader_reads_all() {
+    let world = World::new();
+    let told = world.told(
+        // The command ends only after the script has answered its first line.
+        "const h = vm.execStreaming('echo one; while [ ! -e go ]; do sleep 0.01; done; echo two; echo three >&2');
+         const running = h.status; let text = '';
+         for (const piece of h.output()) { text += piece; if (piece === 'one\\n') vm.exec('touch go') }
+         const two = [h.stdout(), h.stdout()].map((reader) => [...reader].join(''));
+         return [running, text, two, [...h.stderr()].join(''), h.block().length, h.status, h.tail(2), h.tail(0)]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            {"state": "running"},
+            "one\ntwo\nthree\n",
+            ["one\ntwo\n", "one\ntwo\n"],
+            "three\n",
+            14,
+            {"state": "exited", "exitCode": 0},
+            ["two", "three"],
+            [],
+        ])
+    );
+}
+
+#[test]
+fn input_reaches_a_process_until_its_end_is_sent() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('sort'); h.sendStdin('b\\n'); h.sendStdin('a\\n'.repeat(100000)); h.sendEOF(); h.sendEOF();
+         const sorted = h.block(); const failed = vm.execStreaming('echo so; exit 2');
+         return [sorted.length, sorted.endsWith('a\\nb\\n'), thrown(() => h.sendStdin('late')),
+           thrown(() => failed.block()), ends(failed.blockResult()), failed.status]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            200_002,
+            true,
+            ["SupVMError", "NOT_RUNNING", null],
+            ["SupVMExecError", 2, null],
+            [2, "Command failed"],
+            {"state": "exited", "exitCode": 2},
+        ])
+    );
+}
+
+#[test]
+fn a_kill_in_the_middle_of_reading_ends_the_reading() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('while :; do echo on; sleep 0.01; done'); let pieces = 0;
+         for (const piece of h.output()) { pieces += 1; if (pieces === 3) h.kill() }
+         const end = h.blockResult();
+         const gone = vm.execStreaming(['no-such-program']); h.kill();
+         return [h.status.state, h.status.exitCode > 128, end.exitCode > 128, end.error !== undefined, pieces >= 3,
+           gone.status, ends(gone.blockResult())]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            "killed",
+            true,
+            true,
+            true,
+            true,
+            {"state": "error", "exitCode": 127},
+            [127, "not found: no-such-program"],
+        ])
+    );
+}
+
+const PNG: &[u8] =
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0\x1f\x15\xc4\x89";
+
+#[test]
+fn files_go_in_and_out_with_their_types_and_errors_have_code_and_path() {
+    let world = World::new();
+    let told = world.told(
+        "const up = vm.uploadStreaming('x'.repeat(3e6), 'deep/down/x'); const seen = [...up.progress()];
+         vm.exec('mkdir dir; head -c 1000 /dev/urandom > random');
+         const rises = (list) => list.every((n, i) => Number.isInteger(n) && (i === 0 || n >= list[i - 1])) && list.at(-1) === 100;
+         const down = vm.downloadStreaming('deep/down/x'); const going = [...down.progress()];
+         const random = vm.download('/workspace/random'); vm.upload(random, 'again');
+         return [up.path, rises(seen), vm.exec('wc -c < deep/down/x').trim(), rises(going), down.result.size, down.wait() === down.result,
+           random instanceof SupFile, vm.exec('cmp random again && stat -c %a again'), vm.upload('text'), vm.cat('file.txt'),
+           thrown(() => vm.cat('none')), thrown(() => vm.download('dir')), thrown(() => vm.upload('x', 'dir')), thrown(() => vm.cat('file.txt/x'))]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            "deep/down/x",
+            true,
+            "3000000",
+            true,
+            3_000_000,
+            true,
+            true,
+            "644\n",
+            "file.txt",
+            "text",
+            ["SupVMFileError", "ENOENT", "/workspace/none"],
+            ["SupVMFileError", "EISDIR", "/workspace/dir"],
+            ["SupVMFileError", "EISDIR", "/workspace/dir"],
+            ["SupVMFileError", "ENOTDIR", "/workspace/file.txt/x"],
+        ])
+    );
+}
+
+#[test]
+fn inputs_become_files_of_the_vm_and_media_of_the_result_files_here() {
+    let world = World::new();
+    let image = world.file("a.png", PNG);
+    let (code, out, said) = world.run(
+        "const vm = sup.vm(); sup.status('working');
+         const path = vm.upload(sup.input.image); const copy = vm.download(path); vm.delete();
+         return [sup.input.text, sup.input.texts.length, sup.chat.id, path, copy instanceof SupImage, copy]",
+        &[
+            "--text", "one", "--text", "two", "--image", image.to_str().unwrap(), "--chat", "c7",
+            "--out", "made",
+        ],
+    );
+    assert_eq!(
+        (code, out.as_str()),
+        (0, "one\n2\nc7\nimage.png\ntrue\nmade/image.png\n"),
+        "{said}"
+    );
+    assert_eq!(said, "working\n");
+    assert_eq!(
+        std::fs::read(world.home.path().join("made/image.png")).unwrap(),
+        PNG
+    );
+}
+
+#[test]
+fn what_was_kept_comes_back_alive_in_the_next_run() {
+    let world = World::new();
+    let first = world.json(
+        "const vm = sup.vm(); const s = vm.session(); s.setEnv('A', 'kept'); s.cd('/tmp');
+         const h = vm.execStreaming('echo early; cat');
+         sup.global.set('all', { vm, s, h, media: sup.file(new Uint8Array([0, 255])) }); return vm.id",
+    );
+    let second = world.json(
+        "const { vm, s, h, media } = sup.global.get('all'); h.sendStdin('late\\n'); h.sendEOF();
+         return [vm.id, s.exec('pwd; echo $A'), h.block(), media.size, vm.upload(media), sup.get('none')]",
+    );
+    assert_eq!(
+        second,
+        json!([first, "/tmp\nkept\n", "early\nlate\n", 2, "file.bin", null])
+    );
+    // Another deletes it; the object of the first only finds it gone.
+    let third = world.json(
+        "const { vm, h } = sup.global.get('all'); const same = sup.global.get('all').vm; same.delete(); same.delete();
+         const code = (f) => { try { f() } catch (e) { return e.code ?? e.reason } };
+         return [vm.execResult('true'), h.status, vm.execStreaming('true').blockResult().error, code(() => same.exec('true')), code(() => vm.exec('true'))]",
+    );
+    assert_eq!(
+        third,
+        json!([
+            {"output": "", "stdout": "", "stderr": "", "exitCode": 255, "error": "VM not found"},
+            {"state": "error", "exitCode": 255},
+            "VM not found",
+            "VM_DELETED",
+            "VM not found",
+        ])
+    );
+}
+
+#[test]
+fn two_runs_at_once_keep_what_both_set() {
+    let world = World::new();
+    let script = "for (let i = 0; i < 100; i += 1) sup.global.set(`${sup.input.text}-${i}`, i)";
+    let runs: Vec<_> = ["a", "b"]
+        .iter()
+        .map(|name| world.sup(script, &["--text", name]).spawn().unwrap())
+        .collect();
+    for run in runs {
+        let done = run.wait_with_output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    }
+    assert_eq!(world.json("return sup.global.keys().length"), json!(200));
+}
+
+#[test]
+fn a_vm_that_stops_under_a_command_is_a_result_and_starts_again_for_the_next() {
+    let world = World::new();
+    let client = world.appliance.blocking();
+    let mut run = world
+        .sup(
+            "const vm = sup.vm(); sup.status(vm.id); const cut = vm.execResult('touch here; sleep 1000');
+             const next = vm.exec('ls'); vm.delete(); return [cut.exitCode, cut.error, next]",
+            &["--json"],
+        )
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(run.stderr.take().unwrap());
+    let mut id = String::new();
+    said.read_line(&mut id).unwrap();
+    let vm: VmRef = id.trim().parse().unwrap();
+    let here = world.appliance.root_of(id.trim()).join("workspace/here");
+    while !here.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    client.stop(vm, None).unwrap();
+    let done = run.wait_with_output().unwrap();
+    let told: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let ended = told.as_array().unwrap();
+    assert_ne!(ended[0], json!(0));
+    assert!(ended[1].is_string(), "{told}");
+    assert_eq!(ended[2], json!("here\n"));
+}
+
+#[test]
+fn an_uncaught_error_shows_the_scripts_stack_and_an_appliance_out_of_reach_throws() {
+    let world = World::new();
+    let (code, out, said) = world.run("function f() {\n  null.x\n}\nf()", &[]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(
+        said.contains("TypeError") && said.contains("patch.js:2"),
+        "{said}"
+    );
+    let mut command = world.sup("return sup.vm().execResult('true')", &[]);
+    let done = command
+        .env("SUP_ENDPOINT", "unix:/nowhere/x")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("SupVMError") && said.contains("/nowhere/x"),
+        "{said}"
+    );
+}
+
+/// A web server that answers with this and then says nothing more; and when it has.
+fn stalls(answer: &'static str) -> (String, mpsc::Receiver<()>) {
+    let (tell, answered) = mpsc::channel();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let _ = connection.read(&mut [0; 4096]);
+            connection.write_all(answer.as_bytes()).unwrap();
+            kept.push(connection);
+            let _ = tell.send(());
+        }
+    });
+    (format!("http://{address}/x"), answered)
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_server_that_says_nothing() {
+    let world = World::new();
+    for answer in ["", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"] {
+        let (url, answered) = stalls(answer);
+        for call in [
+            format!("sup.file('{url}')"),
+            format!("sup.vm().upload('{url}', 'x')"),
+        ] {
+            let mut run = world.sup(&call, &[]).spawn().unwrap();
+            answered.recv_timeout(HANG).unwrap();
+            let pid = nix::unistd::Pid::from_raw(run.id().try_into().unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+            let begin = Instant::now();
+            let code = loop {
+                if let Some(status) = run.try_wait().unwrap() {
+                    break status.code();
+                }
+                if begin.elapsed() > HANG {
+                    run.kill().unwrap();
+                    panic!("{call} goes on after {answer:?}");
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            };
+            assert_eq!(code, Some(130), "{call} {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_longer_than_any_fetch_may_be_is_refused_before_it_comes() {
+    let world = World::new();
+    let (url, _) = stalls("HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n");
+    let told = world.json(&format!(
+        "try {{ sup.file('{url}') }} catch (e) {{ return [e.name, e.code] }}"
+    ));
+    assert_eq!(told, json!(["SupVMError", "TOO_LARGE"]));
+}
