@@ -8,7 +8,7 @@ mod common;
 use common::{Agent, eventually, shell};
 use protocol::agent::{PowerOff, PoweringOff};
 use protocol::message;
-use protocol::process::TerminalSize;
+use protocol::process::{ProcessEnd, TerminalSize};
 use protocol::processes::AttachFrom;
 
 /// Asks for the end and waits for it, but not as long as `grace_ms` when that is longer than a test's
@@ -49,6 +49,19 @@ fn what_is_said_and_decided_at_a_stop_is_still_known_after_it() {
         let said = String::from_utf8(said).unwrap();
         assert!(said.contains("bye\n"), "{said}");
     }
+}
+
+#[test]
+fn what_a_stop_has_ended_is_known_as_lost_with_the_machine() {
+    let mut agent = Agent::start();
+    let id = agent.start_log(&shell("echo said; exec sleep 1000"));
+    power_off(&mut agent, 60_000);
+    agent.restart();
+    let ended = agent.look(id).unwrap().ended.unwrap();
+    assert_eq!(
+        (ended.end, ended.exit_code, ended.message.as_str()),
+        (ProcessEnd::Lost, 255, "VM was restarted")
+    );
 }
 
 #[test]

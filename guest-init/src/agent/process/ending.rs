@@ -21,6 +21,8 @@ pub(crate) struct Cause {
     pub(crate) timed_out: Option<Duration>,
     /// A client asked for its end.
     pub(crate) killed: bool,
+    /// The machine is on its way off.
+    pub(crate) stopped: bool,
 }
 
 /// The message for a process that ran.
@@ -46,7 +48,20 @@ pub(crate) fn ended(status: Status, cause: Cause, output_open: bool) -> ProcessE
             message: "killed".to_owned(),
             ..plain
         },
+        // It did not end, it was ended with everything else.
+        None if cause.stopped && plain.end == ProcessEnd::Signalled => lost("VM stopped"),
         None => plain,
+    }
+}
+
+/// The message for a process that the machine's end has ended.
+pub(crate) fn lost(message: &str) -> ProcessEnded {
+    ProcessEnded {
+        end: ProcessEnd::Lost,
+        exit_code: 255,
+        signal: 0,
+        output_open: false,
+        message: message.to_owned(),
     }
 }
 

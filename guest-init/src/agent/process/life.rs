@@ -12,6 +12,7 @@ use protocol::id::ProcessId;
 use protocol::process::{CommandMode, OutputMode, ProcessEnd, ProcessEnded, StartProcess};
 use protocol::processes::{MAX_SHOWN_COMMAND, ProcessInfo};
 
+use super::ending;
 use super::input::Stdin;
 use super::output::{Output, Phase};
 use super::segment::{Recovered, Segments};
@@ -111,14 +112,8 @@ impl Process {
         } = found;
         let head = segments.list.back().map_or(0, |last| last.end);
         let how = match info.ended {
-            Some(how) if has_ended => how,
-            _ => ProcessEnded {
-                end: ProcessEnd::Lost,
-                exit_code: 255,
-                signal: 0,
-                output_open: false,
-                message: "VM was restarted".to_owned(),
-            },
+            Some(how) if has_ended && how.end != ProcessEnd::Lost => how,
+            _ => ending::lost("VM was restarted"),
         };
         let phase = Phase::Ended {
             how,

@@ -359,6 +359,7 @@ impl Pump {
                     out_of_memory: exit.out_of_memory,
                     timed_out: self.timed_out,
                     killed: self.process.killed.load(Ordering::Acquire),
+                    stopped: self.agent.powering_off.load(Ordering::Acquire),
                 };
                 let open = self.stdout.pipe.is_some() || self.stderr.pipe.is_some();
                 ending::ended(exit.status, cause, open)
