@@ -7,9 +7,11 @@
 mod native;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use client::protocol::vm::VmRef;
@@ -395,10 +397,7 @@ fn a_vm_that_stops_under_a_command_is_a_result_and_starts_again_for_the_next() {
     client.stop(vm, None).unwrap();
     let done = run.wait_with_output().unwrap();
     let told: Value = serde_json::from_slice(&done.stdout).unwrap();
-    let ended = told.as_array().unwrap();
-    assert_ne!(ended[0], json!(0));
-    assert!(ended[1].is_string(), "{told}");
-    assert_eq!(ended[2], json!("here\n"));
+    assert_eq!(told, json!([255, "VM stopped", "here\n"]));
 }
 
 #[test]
@@ -421,6 +420,140 @@ fn an_uncaught_error_shows_the_scripts_stack_and_an_appliance_out_of_reach_throw
         said.contains("SupVMError") && said.contains("/nowhere/x"),
         "{said}"
     );
+}
+
+#[test]
+fn a_stream_handle_is_in_error_after_its_vm_was_restarted_and_its_output_is_kept() {
+    let world = World::new();
+    let id = world.json(
+        "const vm = sup.vm(); const h = vm.execStreaming('echo said; exec sleep 1000');
+         for (const piece of h.output()) if (piece.includes('said')) break;
+         sup.global.set('all', { vm, h }); return vm.id",
+    );
+    let client = world.appliance.blocking();
+    client
+        .stop(id.as_str().unwrap().parse().unwrap(), None)
+        .unwrap();
+    let told = world.json(
+        "const { vm, h } = sup.global.get('all'); let thrown; const status = h.status;
+         try { h.block() } catch (e) { thrown = [e.name, e.exitCode, e.reason, e.output] }
+         let late; try { h.sendStdin('x') } catch (e) { late = e.code }
+         h.sendEOF(); h.kill(); vm.delete();
+         return [status, thrown, late]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            {"state": "error", "exitCode": 255},
+            ["SupVMExecError", 255, "VM was restarted", "said\n"],
+            "NOT_RUNNING",
+        ])
+    );
+}
+
+#[test]
+fn output_beyond_what_a_log_keeps_is_marked_where_it_is_missing() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('yes 123456789 | head -c 80000000; echo end');
+         while (h.status.state === 'running') sup.sleep(50);
+         const { output } = h.blockResult();
+         const first = output.slice(0, output.indexOf('\\n'));
+         return [first.replace(/[0-9]+/, 'N'), Number(/[0-9]+/.exec(first)[0]) > 8e6,
+           output.length > 5e7, output.length < 7e7, output.endsWith('\\nend\\n'), h.tail(1)]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            "[supvm: N bytes of output were dropped here]",
+            true,
+            true,
+            true,
+            true,
+            ["end"]
+        ])
+    );
+}
+
+#[test]
+fn sounds_and_films_come_out_as_what_they_are_and_values_of_the_user_stay() {
+    let world = World::new();
+    let told = world.told(
+        "vm.exec(\"printf 'RIFF\\\\044\\\\0\\\\0\\\\0WAVEfmt ' > a; printf '\\\\0\\\\0\\\\0\\\\030ftypisom\\\\0\\\\0\\\\2\\\\0isomiso2' > b\");
+         const [a, b] = [vm.download('a'), vm.downloadStreaming('b').result];
+         sup.user.set('n', { deep: [1n, NaN] });
+         return [a instanceof SupAudio, b instanceof SupVideo, b.mimeType, String(sup.user.get('n').deep), sup.user.keys()]",
+    );
+    assert_eq!(told, json!([true, true, "video/mp4", "1,NaN", ["n"]]));
+    assert_eq!(
+        world.json("return sup.user.keys().concat(sup.chat.keys(), sup.global.keys())"),
+        json!(["n"])
+    );
+}
+
+#[test]
+fn a_lost_connection_in_the_middle_of_a_command_loses_nothing_of_it() {
+    let world = World::new();
+    let near = world.home.path().join("wire");
+    let wire = Wire::new(&near, world.appliance.unix());
+    let mut run = world
+        .sup(
+            "const vm = sup.vm(); sup.status('go');
+             const all = vm.exec('for i in 1 2 3 4 5 6; do echo $i; sleep 0.2; done');
+             const h = vm.execStreaming('for i in 1 2 3 4 5 6; do echo $i; sleep 0.2; done');
+             sup.status('again'); const again = [...h.output()].join('');
+             vm.delete(); return [all, again]",
+            &["--json"],
+        )
+        .env("SUP_ENDPOINT", format!("unix:{}", near.display()))
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(run.stderr.take().unwrap());
+    for _ in 0..2 {
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(wire.cut() > 0, "{line}");
+    }
+    let done = run.wait_with_output().unwrap();
+    let told: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let whole = "1\n2\n3\n4\n5\n6\n";
+    assert_eq!(told, json!([whole, whole]));
+}
+
+/// Passes bytes on between `sup` and the appliance, until it is cut.
+struct Wire(Arc<Mutex<Vec<UnixStream>>>);
+
+impl Wire {
+    fn new(near: &Path, far: String) -> Self {
+        let listener = UnixListener::bind(near).unwrap();
+        let made = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&made);
+        std::thread::spawn(move || {
+            let far = far.strip_prefix("unix:").unwrap();
+            for near in listener.incoming() {
+                let (near, far) = (near.unwrap(), UnixStream::connect(far).unwrap());
+                for (from, to) in [(&near, &far), (&far, &near)] {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+                kept.lock().unwrap().extend([near, far]);
+            }
+        });
+        Self(made)
+    }
+
+    /// Says how many ends there were.
+    fn cut(&self) -> usize {
+        let ends = std::mem::take(&mut *self.0.lock().unwrap());
+        for end in &ends {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+        ends.len()
+    }
 }
 
 /// A web server that answers with this and then says nothing more; and when it has.

@@ -202,7 +202,8 @@ impl Backend for Appliance {
         follow: bool,
     ) -> Result<Box<dyn Records>, Failure> {
         let from = match from {
-            Whence::Oldest => ReadFrom::Oldest,
+            // What is no longer kept is told as a gap.
+            Whence::Oldest => ReadFrom::Offset(0),
             Whence::Lines(lines) => ReadFrom::LastLines(lines),
         };
         let reader = self.wait(async {

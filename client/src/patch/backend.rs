@@ -140,7 +140,7 @@ pub trait Records {
 /// Where a reader begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whence {
-    /// At the oldest byte that is kept.
+    /// At the oldest byte that is kept, behind a gap for what is not.
     Oldest,
     /// At the last so many lines.
     Lines(u64),
