@@ -81,6 +81,7 @@ impl Client {
         "Client":
         fn create(&self, request: CreateVm) -> VmInfo;
         fn get(&self, vm: VmRef) -> VmInfo;
+        fn console(&self, vm: VmRef) -> Vec<u8>;
         fn list_page(&self, after: Option<VmId>, limit: u16) -> VmPage;
         fn list(&self) -> Vec<VmInfo>;
         fn stop(&self, vm: VmRef, deadline_ms: Option<u32>) -> VmInfo;
