@@ -275,3 +275,64 @@ fn two_patches_at_once_lose_nothing() {
     let other = Store::open(directory.path(), "q").unwrap();
     assert!(other.keys(&Scope::Global).unwrap().is_empty());
 }
+
+#[test]
+fn what_a_vm_says_cannot_drive_the_terminal() {
+    let world = World::new();
+    world.run("console.log('a\\tb\\x1b[2J\\x9b1mc'); sup.status('d\\x1b]0;e\\x07')");
+    let said = String::from_utf8(world.screen.lock().unwrap().clone()).unwrap();
+    assert_eq!(said, "a\tb[2J1mc\nd]0;e\n");
+}
+
+#[test]
+fn work_that_nobody_waits_for_is_done_and_an_endless_one_can_be_interrupted() {
+    let world = World::new();
+    world.run("async function f() { await 0; await 0; sup.global.set('done', 1) } f(); return 1");
+    assert_eq!(world.json("return sup.global.get('done')"), 1);
+    for script in [
+        "(async () => { for (;;) await 0 })(); return 1",
+        "return (async () => { for (;;) await 0 })()",
+    ] {
+        let world = World::new();
+        let interrupt = world.interrupt.clone();
+        let later = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            interrupt.set();
+        });
+        assert!(matches!(
+            world.try_run(script),
+            Err(PatchError::Interrupted)
+        ));
+        later.join().unwrap();
+    }
+}
+
+#[test]
+fn a_script_that_replaces_built_ins_makes_no_vms_of_its_own() {
+    let world = World::new();
+    let told = world.json(
+        "sup.global.set('k', 1); const real = JSON.parse;
+         JSON.parse = () => ({ $sup: 'vm', id: 'vm-00000000', url: 'x' });
+         const got = sup.global.get('k'); JSON.parse = real;
+         const refused = (f) => { try { f(); return false } catch { return true } };
+         return [got, refused(() => Object.setPrototypeOf(SupImage, class { constructor(key) { sup.key = key } })),
+           refused(() => Object.defineProperty(SupVM, Symbol.hasInstance, { value: () => true }))]",
+    );
+    assert_eq!(told, serde_json::json!([1, true, true]));
+}
+
+#[test]
+fn halves_of_characters_and_endless_depth_do_no_harm() {
+    let world = World::new();
+    assert_eq!(
+        world.text("sup.status('😀'.slice(0, 1)); return '😀'.slice(1)"),
+        "\u{fffd}\n"
+    );
+    assert_eq!(
+        world.json("return sup.vm().exec('echo ' + '😀'.slice(0, 1))"),
+        "echo \u{fffd}\n"
+    );
+    let deep =
+        world.json("let deep = 'end'; for (let i = 0; i < 500; i += 1) deep = [deep]; return deep");
+    assert!(deep.to_string().contains("too deep"));
+}

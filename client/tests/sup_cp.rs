@@ -118,6 +118,25 @@ async fn trees_go_there_back_and_across_and_links_stay_links() {
         let mode = fs::metadata(root.join("d")).unwrap().mode();
         assert_eq!(mode & 0o7777, 0o701, "{root:?}");
     }
+    // Nor what others may do here: neither with what is new nor with what was here before.
+    let open = fs::Permissions::from_mode(0o777);
+    for path in ["other", "other/d", "other/d/f"] {
+        fs::set_permissions(machine.workspace().join(path), open.clone()).unwrap();
+    }
+    fs::set_permissions(at("back/d"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::create_dir(at("around")).unwrap();
+    fs::rename(at("back"), at("around/other")).unwrap();
+    copy(&machine, &["-r", &there("other"), &text(&at("around"))]).await;
+    copy(&machine, &[&there("other"), &text(&at("fresh"))]).await;
+    for (path, wanted) in [
+        ("around/other/d", 0o700),
+        ("around/other/d/f", 0o755),
+        ("fresh", 0o755),
+        ("fresh/d", 0o755),
+    ] {
+        let mode = fs::metadata(at(path)).unwrap().mode();
+        assert_eq!(mode & 0o7777, wanted, "{path}");
+    }
     // What leads out is left out, and that is told.
     symlink("/etc/passwd", machine.workspace().join("other/out")).unwrap();
     let (code, _, said) = run(&machine, &["cp", &there("other"), &text(&at("second"))]).await;

@@ -168,14 +168,19 @@ impl Backend for Appliance {
                         give(output, sink).inspect_err(|_| unwanted = true)?;
                     }
                     Ok(None) => return run.ended().map_err(failure),
-                    Err(error) => {
-                        may_go_on(error, &mut left)?;
+                    Err(mut error) => {
                         let offset = run.offset();
-                        run = match offset {
-                            0 => Run::start(&vm, id, command).await,
-                            _ => Run::rest(&vm, id, offset).await,
-                        }
-                        .map_err(failure)?;
+                        run = loop {
+                            may_go_on(error, &mut left)?;
+                            let more = match offset {
+                                0 => Run::start(&vm, id, command).await,
+                                _ => Run::rest(&vm, id, offset).await,
+                            };
+                            match more {
+                                Ok(more) => break more,
+                                Err(next) => error = next,
+                            }
+                        };
                     }
                 }
             }
@@ -512,7 +517,8 @@ fn failure(error: ClientError) -> Failure {
         ErrorCode::BootFailed | ErrorCode::BootTimeout => vm("VM_FAILED"),
         ErrorCode::NoCapacity | ErrorCode::DiskFull => vm("NO_CAPACITY"),
         ErrorCode::TooManyProcesses | ErrorCode::LimitUnavailable => vm("VM_LIMIT"),
-        ErrorCode::Unavailable | ErrorCode::TooManyStreams => host("UNREACHABLE", message),
+        ErrorCode::Unavailable => host("UNREACHABLE", message),
+        ErrorCode::TooManyStreams => host("TOO_MANY_STREAMS", message),
         ErrorCode::Unauthenticated => host("UNAUTHENTICATED", message),
         _ => host("REFUSED", message),
     }

@@ -150,7 +150,7 @@ fn evaluate(
     runtime.set_interrupt_handler(Some(Box::new(move || asked.is_set())));
     let context = Context::full(&runtime).map_err(engine)?;
     context.with(|ctx| {
-        script(&ctx, patch, host, settings)
+        script(&ctx, patch, host, settings, interrupt)
             .catch(&ctx)
             .map_err(|caught| complaint(caught, patch.memory))
             .and_then(|text| {
@@ -166,6 +166,7 @@ fn script<'js>(
     patch: &Patch,
     host: &Rc<Host>,
     settings: &str,
+    interrupt: &Interrupt,
 ) -> rquickjs::Result<String> {
     let native = natives::object(ctx, host)?;
     let settings = ctx.json_parse(settings)?;
@@ -173,15 +174,16 @@ fn script<'js>(
     let tools: Object = prelude.call((native, settings))?;
     let describe: Function = tools.get("describe")?;
     let mut result: Value = ctx.eval_with_options(wrapped(&patch.source), named(&patch.name))?;
+    let throw = |message| Err(rquickjs::Exception::throw_message(ctx, message));
+    // Work that was begun without waiting for it is done as well.
+    while !interrupt.is_set() && ctx.execute_pending_job() {}
+    if interrupt.is_set() {
+        return throw("interrupted");
+    }
     if let Some(promise) = result.as_promise() {
-        result = match promise.finish() {
-            Err(rquickjs::Error::WouldBlock) => {
-                return Err(rquickjs::Exception::throw_message(
-                    ctx,
-                    "the patch returned a promise that nothing will ever settle",
-                ));
-            }
-            finished => finished?,
+        result = match promise.result() {
+            Some(settled) => settled?,
+            None => return throw("the patch returned a promise that nothing will ever settle"),
         };
     }
     describe.call((result,))

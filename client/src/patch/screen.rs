@@ -58,6 +58,7 @@ impl Screen {
 
     /// Prints lines above the status.
     pub fn log(&mut self, text: &str) {
+        let text = printable(text);
         if self.drawn {
             let _ = write!(self.out, "\r\x1b[2K");
         }
@@ -81,7 +82,7 @@ impl Screen {
 /// Text without what a terminal obeys, its lines kept.
 fn printable(text: &str) -> String {
     text.chars()
-        .filter(|letter| *letter == '\n' || !letter.is_control())
+        .filter(|letter| matches!(letter, '\n' | '\t') || !letter.is_control())
         .collect()
 }
 

@@ -167,6 +167,10 @@ fn tell(finished: &Finished, run: &Run) -> Result<u8, Complaint> {
     if !shown.is_empty() && !shown.ends_with('\n') {
         shown.push('\n');
     }
+    // What a VM said may be in it.
+    if std::io::stdout().is_terminal() {
+        shown = harmless(&shown);
+    }
     crate::print(&shown)?;
     for failed in &finished.failed_transfers {
         Complaint::new("a transfer that nobody waited for", failed.as_str()).print();

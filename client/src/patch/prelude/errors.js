@@ -1,5 +1,8 @@
 // Errors as patches see them, and the way there from what a native function throws.
 
+// As they were before the script could put others in their places.
+const { parse: readJson, stringify: writeJson } = JSON;
+
 class SupVMError extends Error {
   constructor(message, code) {
     super(message);
@@ -15,7 +18,7 @@ class SupVMFileError extends SupVMError {
 class SupVMExecError extends Error {
   constructor(command, result) {
     const why = result.reason ?? `exit code ${result.exitCode}`;
-    const last = result.output.trimEnd().slice(-2000).split('\n').slice(-5).join('\n');
+    const last = result.output.trimEnd().slice(-2000).toWellFormed().split('\n').slice(-5).join('\n');
     super(`Command failed (${why}): ${command}${last ? `\n${last}` : ''}`);
     this.exitCode = result.exitCode;
     this.stdout = result.stdout;
@@ -31,7 +34,7 @@ for (const one of [SupVMError, SupVMFileError, SupVMExecError]) {
 // Calls a native function; what it throws becomes an error with a stack.
 function call(name, ...args) {
   try {
-    return native[name](...args);
+    return native[name](...args.map((one) => (typeof one === 'string' ? one.toWellFormed() : one)));
   } catch (thrown) {
     if (thrown === null || typeof thrown !== 'object' || thrown instanceof Error) throw thrown;
     switch (thrown.kind) {
@@ -46,7 +49,8 @@ function needString(what, value) {
   if (typeof value !== 'string') {
     throw new TypeError(`${what} is a string, not ${value === null ? 'null' : typeof value}`);
   }
-  return value;
+  // Half of a pair of surrogates is no character that could leave here.
+  return value.toWellFormed();
 }
 
 // Objects of these classes come from `sup`, never from `new`.

@@ -38,11 +38,11 @@ function mediaFrom(kind, source) {
     }
     return kind === 'file' ? makeMedia({ ...mediaFacts(source), class: 'file' }) : source;
   }
-  if (typeof source === 'string') return makeMedia(JSON.parse(call('openMedia', kind, source)));
+  if (typeof source === 'string') return makeMedia(readJson(call('openMedia', kind, source)));
   let bytes;
   if (source instanceof ArrayBuffer) bytes = new Uint8Array(source);
   else if (ArrayBuffer.isView(source)) bytes = new Uint8Array(source.buffer, source.byteOffset, source.byteLength);
   else if (Array.isArray(source)) bytes = Uint8Array.from(source);
   else throw new TypeError(`sup.${kind}() takes a URL, a path or bytes`);
-  return makeMedia(JSON.parse(call('mediaOfBytes', kind, bytes)));
+  return makeMedia(readJson(call('mediaOfBytes', kind, bytes)));
 }

@@ -74,11 +74,11 @@ function makeScope(name) {
   return {
     get(key) {
       const text = call('get', name, needString('a key', key));
-      return text === undefined ? null : decode(JSON.parse(text));
+      return text === undefined ? null : decode(readJson(text));
     },
     set(key, value) {
       needString('a key', key);
-      call('set', name, key, value === undefined ? undefined : JSON.stringify(encode(value, key, [])));
+      call('set', name, key, value === undefined ? undefined : writeJson(encode(value, key, [])));
     },
     keys() { return call('keys', name); },
   };

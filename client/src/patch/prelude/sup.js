@@ -7,7 +7,7 @@ function shownValue(value) {
   if (value === null || typeof value !== 'object') return String(value);
   const above = [];
   try {
-    return JSON.stringify(value, function (key, one) {
+    return writeJson(value, function (key, one) {
       while (above.length > 0 && above[above.length - 1] !== this) above.pop();
       if (typeof one === 'bigint') return String(one);
       if (typeof one === 'function') return `[function ${one.name}]`;
@@ -22,10 +22,13 @@ function shownValue(value) {
   }
 }
 
+// How deep a result is looked into.
+const MAX_DEPTH = 50;
+
 // The form that `show.rs` reads.
 function described(value, above) {
   if (value === undefined || value === null) return { kind: 'nothing' };
-  if (typeof value === 'string') return { kind: 'text', value };
+  if (typeof value === 'string') return { kind: 'text', value: value.toWellFormed() };
   if (value instanceof SupMedia) return { kind: 'media', value: mediaFacts(value) };
   if (typeof value !== 'object') {
     const plain = typeof value === 'boolean' || Number.isFinite(value);
@@ -34,6 +37,7 @@ function described(value, above) {
   if (value instanceof Error) return { kind: 'text', value: `${value.name}: ${value.message}` };
   if (value instanceof Date) return { kind: 'text', value: value.toISOString() };
   if (above.includes(value)) return { kind: 'text', value: '[itself]' };
+  if (above.length >= MAX_DEPTH) return { kind: 'text', value: '[too deep]' };
   const within = [...above, value];
   if (Array.isArray(value)) {
     return { kind: 'list', value: Array.from(value, (one) => described(one, within)) };
@@ -80,4 +84,8 @@ const globals = {
 for (const [name, value] of Object.entries(globals)) {
   Object.defineProperty(globalThis, name, { value, writable: true, configurable: true });
 }
-return { describe: (value) => JSON.stringify(described(value, [])) };
+// What is no VM cannot be made to look like one.
+for (const one of [SupVM, SupVMSession, SupVMStreamHandle, Transfer, SupMedia, ...Object.values(globals)]) {
+  if (typeof one === 'function') Object.freeze(one);
+}
+return { describe: (value) => writeJson(described(value, [])) };

@@ -3,7 +3,7 @@
 // A command and its options as the native functions take them.
 function order(command, cwd, env) {
   const made = {};
-  if (typeof command === 'string') made.shell = command;
+  if (typeof command === 'string') made.shell = command.toWellFormed();
   else if (Array.isArray(command)) {
     if (command.length === 0) throw new TypeError('the command is an empty array');
     made.argv = Array.from(command, (part) => needString('every part of a command', part));
@@ -12,20 +12,20 @@ function order(command, cwd, env) {
   if (env !== undefined && env !== null) {
     if (typeof env !== 'object') throw new TypeError('env is an object');
     made.env = Object.entries(env).map(([key, value]) =>
-      [checkKey(key), value === undefined || value === null ? null : String(value)]);
+      [checkKey(key), value === undefined || value === null ? null : String(value).toWellFormed()]);
   }
-  return JSON.stringify(made);
+  return writeJson(made);
 }
 function checkKey(key) {
   needString('the name of an environment variable', key);
   if (key === '' || key.includes('=') || key.includes('\0')) {
-    throw new TypeError(`${JSON.stringify(key)} cannot be the name of an environment variable`);
+    throw new TypeError(`${writeJson(key)} cannot be the name of an environment variable`);
   }
   return key;
 }
 function shownCommand(command) {
   const text = Array.isArray(command) ? command.join(' ') : String(command);
-  return text.length > 200 ? `${text.slice(0, 200)}…` : text;
+  return text.length > 200 ? `${text.slice(0, 200).toWellFormed()}…` : text;
 }
 
 class SupVM {
@@ -60,14 +60,14 @@ class SupVM {
     if (dest !== undefined) needString('dest', dest);
     let id;
     if (typeof source === 'string') id = call('upload', vm, dest, 'string', source);
-    else if (source instanceof SupMedia) id = call('upload', vm, dest, 'media', JSON.stringify(mediaFacts(source)));
+    else if (source instanceof SupMedia) id = call('upload', vm, dest, 'media', writeJson(mediaFacts(source)));
     else throw new TypeError('upload takes a string or a media object');
     return new SupFileUploadHandle(INSIDE, id, (path) => path);
   }
   download(path) { return this.downloadStreaming(path).wait(); }
   downloadStreaming(path) {
     const id = call('download', this.#alive(), needString('path', path));
-    return new SupFileDownloadHandle(INSIDE, id, (facts) => makeMedia(JSON.parse(facts)));
+    return new SupFileDownloadHandle(INSIDE, id, (facts) => makeMedia(readJson(facts)));
   }
   cat(path) { return call('cat', this.#alive(), needString('path', path)); }
   session() {

@@ -9,6 +9,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
 use data_encoding::HEXLOWER;
+use std::sync::OnceLock;
+
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
@@ -216,13 +218,29 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// Makes a directory, or takes one that exists, and opens it.
-pub(super) fn make_directory(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
-    match mkdirat(parent, name, Mode::S_IRWXU) {
-        Ok(()) | Err(Errno::EEXIST) => {}
+/// Makes a directory, or takes one that exists, and opens it. Says whether it is new.
+pub(super) fn make_directory(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<(OwnedFd, bool)> {
+    let is_new = match mkdirat(parent, name, Mode::S_IRWXU) {
+        Ok(()) => true,
+        Err(Errno::EEXIST) => false,
         Err(errno) => return Err(errno.into()),
-    }
-    Ok(openat(parent, name, DIRECTORY, Mode::empty())?)
+    };
+    Ok((openat(parent, name, DIRECTORY, Mode::empty())?, is_new))
+}
+
+/// What a VM's file has for a mode, here: without the bits that mean more than access, and without
+/// what our own umask keeps from others.
+pub(super) fn local_mode(mode: u32) -> u32 {
+    static UMASK: OnceLock<u32> = OnceLock::new();
+    let umask = UMASK.get_or_init(|| {
+        // Asking for it by umask(2) would change it for a moment (proc_pid_status(5)).
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+        umask
+            .and_then(|digits| u32::from_str_radix(digits.trim(), 8).ok())
+            .unwrap_or(0o022)
+    });
+    mode & 0o777 & !umask
 }
 
 fn is(directory: BorrowedFd<'_>, name: &OsStr, kind: SFlag) -> io::Result<bool> {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
 
 use super::archive::ArchiveError;
+use super::beneath::local_mode;
 use super::patience::{Patience, again};
 use super::unpack::{Options, UnpackError, unpack};
 use super::waiting::Waiting;
@@ -162,7 +163,7 @@ async fn file(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Res
     let Some(waiting) = waiting else {
         return Ok(());
     };
-    let named = waiting.finish(&file, download.info().mode & 0o777);
+    let named = waiting.finish(&file, local_mode(download.info().mode));
     named.map_err(|error| Complaint::new(&format!("naming {}", show(to)), error.to_string()))
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::archive::{Archive, ArchiveError, Entry, Kind};
-use super::beneath::{Inside, NameError, Pending, Root, make_directory, stays_inside};
+use super::beneath::{Inside, NameError, Pending, Root, local_mode, make_directory, stays_inside};
 use super::notes::Notes;
 use crate::complaint::harmless;
 
@@ -51,12 +51,14 @@ pub(super) fn unpack(
         name: into.display().to_string(),
         cause,
     };
-    match std::fs::create_dir(into) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(wrong(error)),
-        _ => {}
-    }
+    let is_new = match std::fs::create_dir(into) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(wrong(error)),
+    };
     let mut unpack = Unpack {
         root: Root::open(into).map_err(wrong)?,
+        is_new,
         options,
         notes,
         deferred: Vec::new(),
@@ -71,6 +73,8 @@ pub(super) fn unpack(
 
 struct Unpack<'n> {
     root: Root,
+    /// The directory was not here before.
+    is_new: bool,
     options: Options,
     notes: &'n Notes,
     deferred: Vec<(Inside, u32)>,
@@ -101,18 +105,22 @@ impl Unpack<'_> {
 
     fn directory(&mut self, inside: Inside, entry: &Entry) -> Result<(), UnpackError> {
         // What else the bits mean, an attacker shall not decide.
-        let mode = entry.mode & 0o777;
-        let mut make = || -> io::Result<()> {
-            let directory = match inside.split() {
+        let mode = local_mode(entry.mode);
+        let mut make = || -> io::Result<bool> {
+            let (directory, is_new) = match inside.split() {
                 Some((parents, name)) => make_directory(self.root.directory(parents)?, name)?,
-                None => self.root.directory(&[])?.try_clone_to_owned()?,
+                None => (self.root.directory(&[])?.try_clone_to_owned()?, self.is_new),
             };
-            // While it is filled it must let us in.
-            let permissions = Permissions::from_mode(mode | 0o700);
-            std::fs::File::from(directory).set_permissions(permissions)
+            // Who may enter one that was here before is not for the VM to say.
+            if is_new {
+                // While it is filled it must let us in.
+                let permissions = Permissions::from_mode(mode | 0o700);
+                std::fs::File::from(directory).set_permissions(permissions)?;
+            }
+            Ok(is_new)
         };
-        make().map_err(|cause| wrong(entry, cause))?;
-        if mode & 0o700 != 0o700 {
+        let is_new = make().map_err(|cause| wrong(entry, cause))?;
+        if is_new && mode & 0o700 != 0o700 {
             if self.deferred.len() >= MOST_DEFERRED {
                 return Err(UnpackError::Closed);
             }
@@ -150,7 +158,7 @@ impl Unpack<'_> {
             file.set_len(entry.size).map_err(wrong)?;
         }
         let finish = || -> io::Result<()> {
-            file.set_permissions(Permissions::from_mode(entry.mode & 0o777))?;
+            file.set_permissions(Permissions::from_mode(local_mode(entry.mode)))?;
             if let Some(time) = time(entry) {
                 file.set_times(FileTimes::new().set_modified(time))?;
             }

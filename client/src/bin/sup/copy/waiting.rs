@@ -99,6 +99,8 @@ impl Waiting {
 
     pub(super) fn finish(self, file: &File, mode: u32) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(mode))?;
+        // Or a power cut could leave the name with nothing behind it.
+        file.sync_all()?;
         std::fs::rename(&self.path, &self.to)
     }
 
