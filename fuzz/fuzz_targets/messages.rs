@@ -124,6 +124,8 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::vm::StartVm,
         protocol::vm::DeleteVm,
         protocol::vm::OpenVm,
+        protocol::vm::ReadConsole,
+        protocol::vm::Console,
         protocol::vm::VmInfo,
         protocol::vm::VmPage,
         protocol::vm::Deleted,

@@ -3,6 +3,7 @@
 use client::Command;
 use protocol::vm::{EndReason, VmState};
 
+use super::talk::eventually;
 use super::{Context, Failure, ensure};
 use crate::vm;
 
@@ -35,9 +36,15 @@ pub(crate) async fn a_vm_is_made_used_stopped_started_and_deleted(
     let node = context.shell(&made, "node --version").await?;
     ensure(node.starts_with('v'), || node.clone())?;
 
-    let console = client.console(vm::reference(&made)).await?;
-    let console = String::from_utf8_lossy(&console).into_owned();
-    ensure(console.contains("event=serving"), || console.clone())?;
+    // The console is written beside the guest's work.
+    context
+        .shell(&made, "echo '<1>said to all' > /dev/kmsg")
+        .await?;
+    eventually("the console says what the kernel was told", async || {
+        let console = client.console(vm::reference(&made)).await?;
+        Ok(String::from_utf8_lossy(&console).contains("said to all"))
+    })
+    .await?;
 
     let boot_id = context.boot_id(&made).await?;
     context
