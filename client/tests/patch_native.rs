@@ -363,10 +363,9 @@ fn what_was_kept_comes_back_alive_in_the_next_run() {
 fn two_runs_at_once_keep_what_both_set() {
     let world = World::new();
     let script = "for (let i = 0; i < 100; i += 1) sup.global.set(`${sup.input.text}-${i}`, i)";
-    let runs: Vec<_> = ["a", "b"]
-        .iter()
-        .map(|name| world.sup(script, &["--text", name]).spawn().unwrap())
-        .collect();
+    // Both commands first: each writes the patch's file, which no run may read meanwhile.
+    let commands = ["a", "b"].map(|name| world.sup(script, &["--text", name]));
+    let runs = commands.map(|mut command| command.spawn().unwrap());
     for run in runs {
         let done = run.wait_with_output().unwrap();
         assert!(done.status.success(), "{done:?}");
