@@ -193,6 +193,13 @@ impl Kind {
     pub const WATCH_STARTED: Self = Self(0x0349);
     /// [`FileEvents`](crate::file::watch::FileEvents).
     pub const FILE_EVENTS: Self = Self(0x034a);
+
+    /// [`GetNetwork`](crate::network::GetNetwork), answered by [`Kind::NETWORK`].
+    pub const GET_NETWORK: Self = Self(0x0400);
+    /// [`SetNetwork`](crate::network::SetNetwork), answered by [`Kind::NETWORK`].
+    pub const SET_NETWORK: Self = Self(0x0401);
+    /// [`NetworkInfo`](crate::network::NetworkInfo).
+    pub const NETWORK: Self = Self(0x0410);
 }
 
 impl fmt::Debug for Kind {

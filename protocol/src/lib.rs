@@ -1,8 +1,8 @@
 //! Every message that crosses a socket of supvm, and its framing.
 //!
 //! Two families live here. The public protocol is what clients, control and the guest's agent
-//! speak: [`hello`], [`vm`], [`agent`], [`process`], [`processes`], [`file`] and [`error`], in
-//! [`frame`]s. The private one,
+//! speak: [`hello`], [`vm`], [`agent`], [`process`], [`processes`], [`file`], [`network`] and
+//! [`error`], in [`frame`]s. The private one,
 //! [`host`], is what the processes of one host say to each other over sockets that they made.
 //!
 //! Nothing here decides when to read, write or give up: this crate turns values into bytes and
@@ -34,6 +34,7 @@ pub mod hello;
 pub mod host;
 pub mod id;
 pub mod message;
+pub mod network;
 pub mod process;
 pub mod processes;
 pub mod vm;

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{IdempotencyKey, Subdomain, TemplateName, TemplateVersion, VmId, VmName};
 use crate::message::messages;
+use crate::network::{Egress, Publication};
 use crate::wire_enum::wire_enum;
 
 /// Most labels of one VM.
@@ -35,6 +36,10 @@ pub struct CreateVm {
     pub labels: Vec<(String, String)>,
     /// Environment variables for every process in the VM, at most [`MAX_ENV`].
     pub env: Vec<(String, String)>,
+    /// What the VM may reach.
+    pub egress: Egress,
+    /// How it can be reached.
+    pub publication: Publication,
 }
 
 /// Asks for one VM.
@@ -295,12 +300,14 @@ mod tests {
             disk_mib: None,
             labels: vec![("a".into(), "b".into())],
             env: Vec::new(),
+            egress: Egress::default(),
+            publication: Publication::default(),
         };
         golden(
             &create,
-            b"\x25\0\0\0\x00\x01\0\
+            b"\x2c\0\0\0\x00\x01\0\
               \x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\
-              \x01\x06debian\0\x01\x04\x01\x80\x10\0\x01\x01a\x01b\0",
+              \x01\x06debian\0\x01\x04\x01\x80\x10\0\x01\x01a\x01b\0\0\0\0\0\0\x01\0",
         );
     }
 

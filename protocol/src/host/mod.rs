@@ -14,6 +14,10 @@ pub mod vmm;
 /// The longest packet, frame header included.
 pub const MAX_PACKET: usize = 64 << 10;
 
+/// The longest Ethernet frame on a VM's frame channel, in bytes: an IP packet of the MTU, 65,520
+/// bytes, its header of 14 and room for a VLAN tag.
+pub const MAX_ETHERNET_FRAME: usize = 65_550;
+
 /// Most descriptors in one packet.
 pub const MAX_DESCRIPTORS: usize = 16;
 
@@ -142,6 +146,7 @@ mod tests {
             "\\x04\\x00\\x00\\x00\\x04\\x82\\x00\\x05\\x02no",
         );
         golden(&SwitchOff {}, "\\x00\\x00\\x00\\x00\\x05\\x82\\x00");
+        golden(&AttachFrames {}, "\\x00\\x00\\x00\\x00\\x06\\x82\\x00");
         let config = VmmConfig {
             run: run(),
             model: 1,

@@ -1,11 +1,16 @@
 //! Control and proxy. Proxy listens on the socket it was started with; control connects and tells
 //! it what to serve. Proxy passes the requests of clients on, each with the client's token, because
 //! control checks tokens and proxy keeps nothing. While no control is there, requests wait.
+//!
+//! For each running VM control hands proxy the other end of the VM's frame channel. Requests at
+//! public addresses whose VM proxy does not have become [`Wake`]s.
 
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Kind;
+use crate::id::{Subdomain, VmId};
 use crate::message::messages;
+use crate::network::{Egress, NetworkCounters, Publication, Rule};
 
 /// Kinds of this module.
 impl Kind {
@@ -19,6 +24,24 @@ impl Kind {
     pub const API_REPLY: Self = Self(0x8303);
     /// [`ApiAbandoned`], proxy to control.
     pub const API_ABANDONED: Self = Self(0x8304);
+    /// [`AttachVm`], control to proxy, unanswered.
+    pub const ATTACH_VM: Self = Self(0x8305);
+    /// [`UpdateVm`], control to proxy, unanswered.
+    pub const UPDATE_VM: Self = Self(0x8306);
+    /// [`DetachVm`], control to proxy, unanswered.
+    pub const DETACH_VM: Self = Self(0x8307);
+    /// [`EdgeRequest`], proxy to control, answered by [`Kind::API_REPLY`].
+    pub const EDGE_REQUEST: Self = Self(0x8308);
+    /// [`Wake`], in an [`EdgeRequest`], answered by [`Kind::AWAKE`].
+    pub const WAKE: Self = Self(0x8309);
+    /// [`Awake`].
+    pub const AWAKE: Self = Self(0x830a);
+    /// [`DialAgent`], in an [`EdgeRequest`], answered by [`Kind::OPENED`] with a descriptor.
+    pub const DIAL_AGENT: Self = Self(0x830b);
+    /// [`Count`], control to proxy, answered by [`Kind::COUNTED`].
+    pub const COUNT: Self = Self(0x830c);
+    /// [`Counted`].
+    pub const COUNTED: Self = Self(0x830d);
 }
 
 /// The names of the descriptors that proxy is started with.
@@ -42,6 +65,34 @@ pub struct Serve {
     pub max_streams: u32,
     /// Connections at the same time, over all clients.
     pub max_connections: u32,
+    /// What the edge serves.
+    pub edge: ServeEdge,
+    /// What VMs reach the world by.
+    pub gateway: ServeGateway,
+}
+
+/// What the edge serves. It shows the same certificate as the API.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServeEdge {
+    /// Address and port of the VMs' public addresses over TLS; empty for none.
+    pub https_address: String,
+    /// Address and port for plain HTTP, which is redirected; empty for none.
+    pub http_address: String,
+    /// The domain below which VMs have their names.
+    pub domain: String,
+    /// The port in redirects, where it is not 443.
+    pub public_port: u16,
+}
+
+/// What VMs reach the world by.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServeGateway {
+    /// Addresses and ports of name servers, such as `192.0.2.1:53`, in the order of preference.
+    pub name_servers: Vec<String>,
+    /// Rules that come before those of each VM.
+    pub rules: Vec<Rule>,
+    /// Connections and flows of one VM, where it has no limit of its own.
+    pub max_connections: u32,
 }
 
 /// Answer to [`Serve`].
@@ -49,7 +100,11 @@ pub struct Serve {
 pub struct Serving {
     /// Where the API listens, with the actual port; empty for nowhere.
     pub api_address: String,
-    /// Why it does not listen there; empty when all is well.
+    /// Where the edge listens for TLS and for plain HTTP, likewise.
+    pub https_address: String,
+    /// See there.
+    pub http_address: String,
+    /// What does not listen and why; empty when all is well.
     pub message: String,
 }
 
@@ -84,10 +139,110 @@ pub struct ApiAbandoned {
     pub ticket: u64,
 }
 
+/// A VM runs: this is its network. Carries one descriptor, proxy's end of the frame channel; a
+/// VM that is attached already gets a new stack in place of the old one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachVm {
+    /// Which VM.
+    pub vm: VmId,
+    /// Which of its starts.
+    pub generation: u64,
+    /// The name it has in itself.
+    pub hostname: String,
+    /// The label of its public address.
+    pub subdomain: Subdomain,
+    /// What it may reach.
+    pub egress: Egress,
+    /// How it can be reached.
+    pub publication: Publication,
+}
+
+/// An attached VM's settings changed. One that is not attached is ignored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateVm {
+    /// Which VM.
+    pub vm: VmId,
+    /// What it may reach.
+    pub egress: Egress,
+    /// How it can be reached.
+    pub publication: Publication,
+}
+
+/// This start of a VM has ended: nothing of its network is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DetachVm {
+    /// Which VM.
+    pub vm: VmId,
+    /// Which of its starts; an older one than the attached is ignored.
+    pub generation: u64,
+}
+
+/// What the edge wants. No client can send it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeRequest {
+    /// Chosen by proxy among the same numbers as an [`ApiRequest`]'s, given back in the answer.
+    pub ticket: u64,
+    /// [`Kind::WAKE`] or [`Kind::DIAL_AGENT`].
+    pub kind: u16,
+    /// The body of that.
+    pub body: Vec<u8>,
+}
+
+/// Somebody asks for a public address. A VM that is stopped is started, unless its owner turned
+/// that off (`VmStopped`); a label that is nobody's is refused with `VmNotFound`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// The address's label.
+    pub subdomain: Subdomain,
+}
+
+/// Answer to [`Wake`]: the VM is up, and its [`AttachVm`] was sent before this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awake {
+    /// Which VM.
+    pub vm: VmId,
+    /// Which of its starts.
+    pub generation: u64,
+}
+
+/// Asks for a stream to the agent of a running VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialAgent {
+    /// Which VM.
+    pub vm: VmId,
+}
+
+/// Asks what was counted for a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Count {
+    /// Chosen by control, given back in the answer.
+    pub ticket: u64,
+    /// Which VM.
+    pub vm: VmId,
+}
+
+/// Answer to [`Count`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    /// The [`Count`]'s.
+    pub ticket: u64,
+    /// None for a VM that is not attached.
+    pub counters: Option<NetworkCounters>,
+}
+
 messages! {
     SERVE => Serve,
     SERVING => Serving,
     API_REQUEST => ApiRequest,
     API_REPLY => ApiReply,
     API_ABANDONED => ApiAbandoned,
+    ATTACH_VM => AttachVm,
+    UPDATE_VM => UpdateVm,
+    DETACH_VM => DetachVm,
+    EDGE_REQUEST => EdgeRequest,
+    WAKE => Wake,
+    AWAKE => Awake,
+    DIAL_AGENT => DialAgent,
+    COUNT => Count,
+    COUNTED => Counted,
 }

@@ -23,6 +23,8 @@ impl Kind {
     pub const NOT_CONNECTED: Self = Self(0x8204);
     /// [`SwitchOff`], unanswered: the monitor exits with [`Ending::SwitchedOff`].
     pub const SWITCH_OFF: Self = Self(0x8205);
+    /// [`AttachFrames`], unanswered.
+    pub const ATTACH_FRAMES: Self = Self(0x8206);
 }
 
 /// The names of the descriptors that a monitor is started with.
@@ -115,6 +117,12 @@ pub struct NotConnected {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SwitchOff {}
 
+/// Connects the network device. Carries one end of a pair of Unix stream sockets; on it each
+/// Ethernet frame goes behind its length (32 bits, big-endian), at most
+/// [`MAX_ETHERNET_FRAME`](super::MAX_ETHERNET_FRAME) bytes. It takes the place of the one before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachFrames {}
+
 wire_enum! {
     /// A monitor's exit code.
     Ending: u8 {
@@ -142,4 +150,5 @@ messages! {
     CONNECTED => Connected,
     NOT_CONNECTED => NotConnected,
     SWITCH_OFF => SwitchOff,
+    ATTACH_FRAMES => AttachFrames,
 }
