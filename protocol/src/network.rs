@@ -128,9 +128,10 @@ impl FromStr for DomainName {
                     .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b))
         };
         // A name whose last label is a number would be an address written badly.
-        let numeric = lower.rsplit('.').next().is_some_and(|last| {
-            !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit())
-        });
+        let numeric = lower
+            .rsplit('.')
+            .next()
+            .is_some_and(|last| !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit()));
         if lower.len() > 253 || numeric || !lower.split('.').all(label) {
             return Err(DestinationError::Form(text.chars().take(64).collect()));
         }

@@ -458,6 +458,8 @@ async fn strangers_of_one_address_leave_room_for_others() {
         key,
         max_streams: 8,
         max_connections: 64,
+        edge: protocol::host::proxy::ServeEdge::default(),
+        gateway: protocol::host::proxy::ServeGateway::default(),
     };
     let address = control.serve(&serve).await.api_address;
     let greet = async |client: &Client| {
@@ -500,6 +502,8 @@ async fn tls_serves_supvm_1_and_refuses_every_other_name() {
         key,
         max_streams: 8,
         max_connections: 8,
+        edge: protocol::host::proxy::ServeEdge::default(),
+        gateway: protocol::host::proxy::ServeGateway::default(),
     };
     let serving = control.serve(&serve).await;
     assert_eq!(serving.message, "");
@@ -540,6 +544,8 @@ async fn a_serve_that_cannot_be_done_says_why() {
         key,
         max_streams: 8,
         max_connections: 8,
+        edge: protocol::host::proxy::ServeEdge::default(),
+        gateway: protocol::host::proxy::ServeGateway::default(),
     };
     let serving = control.serve(&serve).await;
     assert_eq!(serving.api_address, "");

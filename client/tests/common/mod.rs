@@ -79,6 +79,8 @@ impl Appliance {
             key,
             max_streams,
             max_connections: 32,
+            edge: protocol::host::proxy::ServeEdge::default(),
+            gateway: protocol::host::proxy::ServeGateway::default(),
         };
         control.send(&serve, &[]).await.unwrap();
         let packet = control.receive().await.unwrap().unwrap();

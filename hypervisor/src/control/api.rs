@@ -118,6 +118,8 @@ impl Api {
             key: leaf.key,
             max_streams: settings.api.max_streams,
             max_connections: settings.api.max_connections,
+            edge: protocol::host::proxy::ServeEdge::default(),
+            gateway: protocol::host::proxy::ServeGateway::default(),
         };
         channel.send(&serve, &[]).await?;
         Ok(())

@@ -96,7 +96,7 @@ pub struct ServeGateway {
 }
 
 /// Answer to [`Serve`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Serving {
     /// Where the API listens, with the actual port; empty for nowhere.
     pub api_address: String,

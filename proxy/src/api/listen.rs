@@ -51,15 +51,15 @@ impl Listening {
                 tracing::info!(api_address, "serving the API");
                 Serving {
                     api_address,
-                    message: String::new(),
+                    ..Serving::default()
                 }
             }
             Err(message) => {
                 tracing::error!(message, "not serving the API over TLS");
                 self.stop();
                 Serving {
-                    api_address: String::new(),
                     message,
+                    ..Serving::default()
                 }
             }
         }

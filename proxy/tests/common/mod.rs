@@ -141,6 +141,8 @@ impl Control {
             key: Vec::new(),
             max_streams,
             max_connections,
+            edge: protocol::host::proxy::ServeEdge::default(),
+            gateway: protocol::host::proxy::ServeGateway::default(),
         };
         self.0.send(&serve, &[]).await.unwrap();
         let serving: Serving = protocol::decode(&self.packet().await.frame).unwrap();
