@@ -112,6 +112,7 @@ pub(crate) struct Appliance {
     instance: Instance,
     token: String,
     other_token: String,
+    edge_port: u16,
     trust: Trust,
     endpoint: Endpoint,
     /// From power to a working API.
@@ -134,7 +135,9 @@ impl Appliance {
             pad(&mut image);
             image.extend_from_slice(&read(extra.clone())?);
         }
-        let settings = settings::settings(boot.options, &token, &other_token)?;
+        // In the settings before QEMU runs, because VMs' addresses carry it.
+        let edge_port = free_port().map_err(InstanceError::from)?;
+        let settings = settings::settings(boot.options, edge_port, &token, &other_token)?;
         let initramfs = settings::initramfs(image, &settings, &busybox::load()?)?;
         home.write_private(file::INITRAMFS, &initramfs)?;
         // An overlay in use must not be replaced under the one who uses it.
@@ -143,7 +146,7 @@ impl Appliance {
         }
         home.overlay(&layout.image.join("data.qcow2"), boot.keep_data)
             .await?;
-        let (instance, trust, endpoint, boot_time) = power_on(&home, layout, boot, &token).await?;
+        let (instance, trust, endpoint, boot_time) = power_on(&home, layout, boot, edge_port, &token).await?;
         Ok(Self {
             home,
             layout: layout.clone(),
@@ -151,6 +154,7 @@ impl Appliance {
             instance,
             token,
             other_token,
+            edge_port,
             trust,
             endpoint,
             boot_time,
@@ -160,7 +164,14 @@ impl Appliance {
 
     /// Boots again on the same data disk after [`Home::power_off`] or [`Home::cut_power`].
     pub(crate) async fn boot_again(&mut self) -> Result<(), ApplianceError> {
-        let on = power_on(&self.home, &self.layout, self.boot, &self.token).await?;
+        let on = power_on(
+            &self.home,
+            &self.layout,
+            self.boot,
+            self.edge_port,
+            &self.token,
+        )
+        .await?;
         (self.instance, self.trust, self.endpoint, self.boot_time) = on;
         Ok(())
     }
@@ -195,6 +206,11 @@ impl Appliance {
         self.instance.api_port()
     }
 
+    /// The port of this host's loopback that leads to the edge.
+    pub(crate) fn edge_port(&self) -> u16 {
+        self.edge_port
+    }
+
     /// The shell inside.
     pub(crate) async fn probe(&self) -> Result<Probe, InstanceError> {
         instance::probe(&self.home).await
@@ -211,6 +227,7 @@ async fn power_on(
     home: &Home,
     layout: &Layout,
     boot: Boot,
+    edge_port: u16,
     token: &str,
 ) -> Result<(Instance, Trust, Endpoint, Duration), ApplianceError> {
     let begun = Instant::now();
@@ -218,6 +235,7 @@ async fn power_on(
         accelerator: Accelerator::detect(),
         deadline: boot.deadline,
         attached: boot.attached,
+        edge_port,
     };
     let mut instance = Instance::start(home, &layout.image, start).await?;
     let port = instance.api_port();
@@ -306,6 +324,13 @@ async fn retry<T, F: Future<Output = Result<T, ClientError>>>(
         sleep(pause).await;
         pause = (pause * 2).min(Duration::from_secs(2));
     }
+}
+
+/// A port of the loopback that nobody has now. Another may take it before QEMU does; then QEMU says
+/// so and ends.
+fn free_port() -> std::io::Result<u16> {
+    let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    Ok(listener.local_addr()?.port())
 }
 
 /// The token kept in the directory, made when it is not there yet.

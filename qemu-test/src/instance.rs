@@ -204,6 +204,8 @@ pub(crate) struct Start {
     pub(crate) deadline: Duration,
     /// Whether QEMU ends when this process does.
     pub(crate) attached: bool,
+    /// The host's port that leads to the edge.
+    pub(crate) edge_port: u16,
 }
 
 /// A running server.
@@ -285,7 +287,7 @@ fn watcher(home: &Home, image: &Path, start: Start) -> Result<Command, InstanceE
         .args(["--pidfile", file::PID])
         .args(start.attached.then_some("--attached"))
         .arg("--")
-        .args(qemu::command(start.accelerator, image))
+        .args(qemu::command(start.accelerator, image, start.edge_port))
         .current_dir(home.path())
         .stdin(if start.attached {
             Stdio::piped()

@@ -26,6 +26,9 @@ pub(crate) mod file {
 /// The API's port inside the appliance.
 pub(crate) const API_PORT: u16 = 7443;
 
+/// The edge's port inside the appliance.
+const EDGE_PORT: u16 = 443;
+
 /// Everything that TCG emulates but for what it is slow at: the kernel would clear and copy pages
 /// with `rep stosb` and `rep movsb` (ERMS, FSRM), which TCG runs byte by byte, and a fifth level of
 /// page tables (LA57) makes every nested translation longer.
@@ -87,8 +90,9 @@ impl std::fmt::Display for Accelerator {
     }
 }
 
-/// The command that boots the appliance from `image`, run in the instance's directory.
-pub(crate) fn command(accelerator: Accelerator, image: &Path) -> Vec<OsString> {
+/// The command that boots the appliance from `image`, run in the instance's directory. This host's
+/// `edge_port` leads to the VMs' public addresses.
+pub(crate) fn command(accelerator: Accelerator, image: &Path, edge_port: u16) -> Vec<OsString> {
     let mut command = vec![image.join("emulator/qemu-system-x86_64").into_os_string()];
     let mut add = |arguments: &[&str]| command.extend(arguments.iter().map(OsString::from));
     add(&["-name", "supvm", "-nodefaults", "-no-user-config"]);
@@ -107,7 +111,10 @@ pub(crate) fn command(accelerator: Accelerator, image: &Path) -> Vec<OsString> {
     add(&["-mon", "chardev=qmp,mode=control"]);
     add(&[
         "-netdev",
-        &format!("user,id=net,hostfwd=tcp:127.0.0.1:0-:{API_PORT}"),
+        &format!(
+            "user,id=net,hostfwd=tcp:127.0.0.1:0-:{API_PORT},\
+             hostfwd=tcp:127.0.0.1:{edge_port}-:{EDGE_PORT}"
+        ),
     ]);
     add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
     add(&["-device", "virtio-rng-pci"]);
@@ -155,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_comma_in_the_path_does_not_end_the_option() {
-        let command = command(Accelerator::Tcg, Path::new("/a,b"));
+        let command = command(Accelerator::Tcg, Path::new("/a,b"), 8443);
         let text = "if=none,id=system,format=raw,readonly=on,file=/a,,b/system.squashfs";
         assert!(command.contains(&text.into()));
     }

@@ -33,6 +33,7 @@ impl Options {
 
 #[derive(Serialize)]
 struct Settings {
+    public_port: u16,
     tokens: [Token; 2],
     boot: Boot,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,14 +78,17 @@ const APPLETS: [&str; 42] = [
     "stty", "sync", "tail", "tr", "uname", "wc", "xargs",
 ];
 
-/// The text of `supvm.toml`. The second token belongs to somebody else.
+/// The text of `supvm.toml`. The second token belongs to somebody else; `public_port` of this host
+/// leads to the edge.
 pub(crate) fn settings(
     options: Options,
+    public_port: u16,
     token: &str,
     other: &str,
 ) -> Result<String, toml::ser::Error> {
     let hash = |token: &str| blake3::hash(token.as_bytes()).to_hex().to_string();
     toml::to_string(&Settings {
+        public_port,
         tokens: [
             Token {
                 owner: "qemu-test",
@@ -148,11 +152,12 @@ mod tests {
 
     #[test]
     fn settings_hold_the_hash_and_not_the_token() {
-        let text = settings(Options::DEFAULT, "secret", "other").unwrap();
+        let text = settings(Options::DEFAULT, 8443, "secret", "other").unwrap();
         assert!(!text.contains("secret"));
         let parsed: toml::Table = text.parse().unwrap();
         let hash = parsed["tokens"][0]["blake3"].as_str().unwrap();
         assert_eq!(hash, blake3::hash(b"secret").to_hex().as_str());
+        assert_eq!(parsed["public_port"].as_integer(), Some(8443));
         assert_eq!(parsed["boot"]["deadline_s"].as_integer(), Some(180));
     }
 

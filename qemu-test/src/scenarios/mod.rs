@@ -11,6 +11,8 @@ mod guest;
 mod host;
 mod housekeeping;
 mod lifecycle;
+mod network;
+mod origin;
 mod output;
 mod patches;
 mod processes;
@@ -106,6 +108,8 @@ scenarios! {
     output::three_hundred_megabytes_on_both_outputs_leave_memory_flat, 600, DEFAULT;
     host::vms_and_their_files_outlive_a_reboot_of_the_host, 420, DEFAULT;
     host::an_acknowledged_create_survives_a_power_cut, 420, DEFAULT;
+    network::a_server_in_a_vm_is_reached_at_its_public_address, 480, DEFAULT;
+    network::git_pip_npm_and_apt_reach_what_the_rules_open, 600, DEFAULT;
     patches::patches_use_every_method, 420, ONE_CPU;
     patches::a_picture_and_a_sound_come_out_as_what_they_are, 300, ONE_CPU;
     patches::what_a_patch_keeps_is_alive_in_the_next_run, 300, ONE_CPU;
