@@ -192,6 +192,8 @@ fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use protocol::network::{Egress, Publication};
+
     use super::*;
 
     fn create() -> CreateVm {
@@ -204,6 +206,8 @@ mod tests {
             disk_mib: None,
             labels: Vec::new(),
             env: Vec::new(),
+            egress: Egress::default(),
+            publication: Publication::default(),
         }
     }
 
