@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use protocol::hello::Limits;
 use protocol::id::{IdempotencyKey, VmId};
+use protocol::network::{Egress, Publication};
 use protocol::vm::{
     Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, ReadConsole, StartVm, StopVm, VmInfo,
     VmPage, VmRef,
@@ -41,6 +42,8 @@ pub fn new_vm() -> Result<CreateVm, ClientError> {
         disk_mib: None,
         labels: Vec::new(),
         env: Vec::new(),
+        egress: Egress::default(),
+        publication: Publication::default(),
     })
 }
 

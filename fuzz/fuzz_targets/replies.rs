@@ -107,6 +107,7 @@ fuzz_target!(|bytes: &[u8]| {
         reply::<protocol::vm::Deleted>(&frame);
         reply::<protocol::vm::Opened>(&frame);
         reply::<protocol::vm::Console>(&frame);
+        reply::<protocol::network::NetworkInfo>(&frame);
         reply::<protocol::process::ProcessStarted>(&frame);
         reply::<protocol::process::ProcessEnded>(&frame);
         seen.push(frame);

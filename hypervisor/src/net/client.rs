@@ -82,6 +82,8 @@ impl Client {
                 config.address.prefix_len(),
             ));
             lease.gateway = config.router.map(|router| router.octets());
+            let name_servers = config.dns_servers.iter();
+            lease.name_servers = name_servers.map(|server| server.octets()).collect();
         }
         if lease == self.told {
             return None;

@@ -46,6 +46,7 @@ fn no_lease(interface: u32) -> Lease {
         interface,
         address: None,
         gateway: None,
+        name_servers: Vec::new(),
     }
 }
 
@@ -59,7 +60,9 @@ fn log(lease: &Lease) {
     let gateway = lease
         .gateway
         .map(|gateway| Ipv4Addr::from(gateway).to_string());
-    tracing::info!(interface, address, gateway, "lease");
+    let name_servers = lease.name_servers.iter();
+    let name_servers: Vec<Ipv4Addr> = name_servers.map(|bytes| (*bytes).into()).collect();
+    tracing::info!(interface, address, gateway, ?name_servers, "lease");
 }
 
 /// Runs until the supervisor closes its end. The descriptors hold `supervisor`.

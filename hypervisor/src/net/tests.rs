@@ -104,6 +104,7 @@ fn an_address_is_learned_set_and_taken_away_with_the_carrier() {
     served.join().unwrap();
     assert_eq!(lease.address, Some(([10, 9, 0, 7], 24)));
     assert_eq!(lease.gateway, Some([10, 9, 0, 1]));
+    assert_eq!(lease.name_servers, [[10, 9, 0, 2], [10, 9, 0, 3]]);
     links.apply(&lease);
     // Said twice, it is set once.
     links.apply(&lease);

@@ -35,6 +35,9 @@ mod tests {
     use super::vmm::*;
     use crate::frame::HEADER_LEN;
     use crate::message::{Message, decode_body, encode};
+    use crate::network::{
+        Egress, NetworkCounters, Publication, Rule, RuleAction, RuleProtocol,
+    };
 
     /// The frame is these bytes, and these bytes are the message.
     #[track_caller]
@@ -108,10 +111,11 @@ mod tests {
             interface: 2,
             address: Some(([10, 0, 2, 15], 24)),
             gateway: None,
+            name_servers: vec![[10, 0, 2, 3]],
         };
         golden(
             &lease,
-            "\\x08\\x00\\x00\\x00\\n\\x81\\x00\\x02\\x01\\n\\x00\\x02\\x0f\\x18\\x00",
+            "\\r\\x00\\x00\\x00\\n\\x81\\x00\\x02\\x01\\n\\x00\\x02\\x0f\\x18\\x00\\x01\\n\\x00\\x02\\x03",
         );
     }
 
@@ -168,18 +172,31 @@ mod tests {
             key: vec![4],
             max_streams: 256,
             max_connections: 1024,
+            edge: ServeEdge {
+                https_address: "[::]:443".into(),
+                http_address: "[::]:80".into(),
+                domain: "d".into(),
+                public_port: 443,
+            },
+            gateway: ServeGateway {
+                name_servers: vec!["[::1]:53".into()],
+                rules: vec![rule()],
+                max_connections: 300,
+            },
         };
         golden(
             &serve,
-            "\\x16\\x00\\x00\\x00\\x00\\x83\\x00\\t[::]:7443\\x02\\x02\\x01\\x02\\x01\\x03\\x01\\x04\\x80\\x02\\x80\\x08",
+            "H\\x00\\x00\\x00\\x00\\x83\\x00\\t[::]:7443\\x02\\x02\\x01\\x02\\x01\\x03\\x01\\x04\\x80\\x02\\x80\\x08\\x08[::]:443\\x07[::]:80\\x01d\\xbb\\x03\\x01\\x08[::1]:53\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02",
         );
         let serving = Serving {
             api_address: "[::]:7443".into(),
-            message: String::new(),
+            https_address: "[::]:443".into(),
+            http_address: String::new(),
+            message: "m".into(),
         };
         golden(
             &serving,
-            "\\x0b\\x00\\x00\\x00\\x01\\x83\\x00\\t[::]:7443\\x00",
+            "\\x16\\x00\\x00\\x00\\x01\\x83\\x00\\t[::]:7443\\x08[::]:443\\x00\\x01m",
         );
         let request = ApiRequest {
             ticket: 5,
@@ -204,5 +221,100 @@ mod tests {
             &ApiAbandoned { ticket: 5 },
             "\\x01\\x00\\x00\\x00\\x04\\x83\\x00\\x05",
         );
+    }
+
+    fn rule() -> Rule {
+        Rule {
+            action: RuleAction::Deny,
+            to: "10.0.0.0/8".parse().unwrap(),
+            protocol: RuleProtocol::Tcp,
+            ports: (80, 443),
+        }
+    }
+
+    #[test]
+    fn golden_networks() {
+        let vm = run().vm;
+        let egress = Egress {
+            offline: true,
+            rules: vec![rule()],
+            bytes_per_second: 300,
+            packets_per_second: 2,
+            max_connections: 3,
+        };
+        let publication = Publication {
+            autostart: false,
+            token: Some([7; 32]),
+        };
+        let attach = AttachVm {
+            vm: vm.clone(),
+            generation: 300,
+            hostname: "h".into(),
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+            egress: egress.clone(),
+            publication: publication.clone(),
+        };
+        golden(&attach, "]\\x00\\x00\\x00\\x05\\x83\\x00\\x0bvm-1234abcd\\xac\\x02\\x01h\\x14abcdefghijklmnopqrst\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07");
+        let update = UpdateVm {
+            vm: vm.clone(),
+            egress,
+            publication,
+        };
+        golden(&update, "D\\x00\\x00\\x00\\x06\\x83\\x00\\x0bvm-1234abcd\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07");
+        let detach = DetachVm {
+            vm: vm.clone(),
+            generation: 300,
+        };
+        golden(&detach, "\\x0e\\x00\\x00\\x00\\x07\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
+        let list = ListAttached {
+            after: Some(vm.clone()),
+        };
+        golden(&list, "\\r\\x00\\x00\\x00\\x0e\\x83\\x00\\x01\\x0bvm-1234abcd");
+        let attached = Attached {
+            vms: vec![(vm.clone(), 300)],
+            more: true,
+        };
+        golden(&attached, "\\x10\\x00\\x00\\x00\\x0f\\x83\\x00\\x01\\x0bvm-1234abcd\\xac\\x02\\x01");
+        let lost = FramesLost {
+            vm,
+            generation: 300,
+        };
+        golden(&lost, "\\x0e\\x00\\x00\\x00\\x10\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
+    }
+
+    #[test]
+    fn golden_edge() {
+        let vm = run().vm;
+        let request = EdgeRequest {
+            ticket: 5,
+            kind: 0x8309,
+            body: vec![9],
+        };
+        golden(&request, "\\x06\\x00\\x00\\x00\\x08\\x83\\x00\\x05\\x89\\x86\\x02\\x01\\t");
+        let wake = Wake {
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+        };
+        golden(&wake, "\\x15\\x00\\x00\\x00\\t\\x83\\x00\\x14abcdefghijklmnopqrst");
+        let awake = Awake {
+            vm: vm.clone(),
+            generation: 300,
+        };
+        golden(&awake, "\\x0e\\x00\\x00\\x00\\n\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
+        golden(&DialAgent { vm: vm.clone() }, "\\x0c\\x00\\x00\\x00\\x0b\\x83\\x00\\x0bvm-1234abcd");
+        let count = Count {
+            ticket: 5,
+            vm: vm.clone(),
+        };
+        golden(&count, "\\r\\x00\\x00\\x00\\x0c\\x83\\x00\\x05\\x0bvm-1234abcd");
+        let counters = NetworkCounters {
+            frames_out: 1,
+            requests: 300,
+            ..NetworkCounters::default()
+        };
+        let counted = Counted {
+            ticket: 5,
+            counters: Some(counters),
+        };
+        golden(&counted, "\\x0e\\x00\\x00\\x00\\r\\x83\\x00\\x05\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\xac\\x02");
     }
 }

@@ -42,6 +42,12 @@ impl Kind {
     pub const COUNT: Self = Self(0x830c);
     /// [`Counted`].
     pub const COUNTED: Self = Self(0x830d);
+    /// [`ListAttached`], control to proxy, answered by [`Kind::ATTACHED`].
+    pub const LIST_ATTACHED: Self = Self(0x830e);
+    /// [`Attached`].
+    pub const ATTACHED: Self = Self(0x830f);
+    /// [`FramesLost`], proxy to control, unanswered.
+    pub const FRAMES_LOST: Self = Self(0x8310);
 }
 
 /// The names of the descriptors that proxy is started with.
@@ -230,6 +236,33 @@ pub struct Counted {
     pub counters: Option<NetworkCounters>,
 }
 
+/// Asks which VMs proxy has, in the order of their identifiers, a page at a time. A control that is
+/// new asks first: what it finds keeps its frame channel, and no connection of a guest is cut.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListAttached {
+    /// Begin after this one; none means at the beginning.
+    pub after: Option<VmId>,
+}
+
+/// Answer to [`ListAttached`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Each with the start that was attached.
+    pub vms: Vec<(VmId, u64)>,
+    /// There are more after the last one here.
+    pub more: bool,
+}
+
+/// A VM's frame channel or its stack has failed; it stays attached. Control makes a new channel
+/// and attaches it, as long as this start of the VM goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FramesLost {
+    /// Which VM.
+    pub vm: VmId,
+    /// Which of its starts.
+    pub generation: u64,
+}
+
 messages! {
     SERVE => Serve,
     SERVING => Serving,
@@ -245,4 +278,7 @@ messages! {
     DIAL_AGENT => DialAgent,
     COUNT => Count,
     COUNTED => Counted,
+    LIST_ATTACHED => ListAttached,
+    ATTACHED => Attached,
+    FRAMES_LOST => FramesLost,
 }

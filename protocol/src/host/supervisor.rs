@@ -133,6 +133,8 @@ pub struct Lease {
     pub address: Option<([u8; 4], u8)>,
     /// Default gateway.
     pub gateway: Option<[u8; 4]>,
+    /// Name servers, in the order of preference.
+    pub name_servers: Vec<[u8; 4]>,
 }
 
 messages! {

@@ -20,6 +20,7 @@ use protocol::host::supervisor::{
 use protocol::host::vmm::Ending;
 use protocol::id::IdempotencyKey;
 use protocol::message::{decode_body, encode_body};
+use protocol::network::{Egress, Publication};
 use protocol::vm::{CreateVm, DeleteVm, Deleted, GetVm, ListVms, VmInfo, VmPage, VmRef, VmState};
 use protocol::{ErrorBody, Frame, Kind, Message, decode, frame};
 use proxy::channel::{Channel, ChannelListener};
@@ -282,6 +283,8 @@ pub(super) fn create(key: u8) -> CreateVm {
         disk_mib: Some(4),
         labels: Vec::new(),
         env: vec![("COLOUR".into(), "blue".into())],
+        egress: Egress::default(),
+        publication: Publication::default(),
     }
 }
 
@@ -327,7 +330,7 @@ impl Proxy {
         let serve: Serve = decode(&packet.frame).unwrap();
         let serving = Serving {
             api_address: serve.api_address.clone(),
-            message: String::new(),
+            ..Serving::default()
         };
         channel.send(&serving, &[]).await.unwrap();
         let (told, serve) = tokio::sync::watch::channel(serve);
