@@ -22,6 +22,7 @@
 
 mod api;
 pub mod channel;
+pub mod gateway;
 
 use std::io;
 use std::os::fd::OwnedFd;
