@@ -127,11 +127,18 @@ impl FromStr for DomainName {
                     .bytes()
                     .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b))
         };
-        // A name whose last label is a number would be an address written badly.
-        let numeric = lower
-            .rsplit('.')
-            .next()
-            .is_some_and(|last| !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit()));
+        // A name whose last label is a number would be an address written badly; `0x7f` is one to
+        // many programs.
+        let numeric = lower.rsplit('.').next().is_some_and(|last| {
+            let (digits, hexadecimal) = match last.strip_prefix("0x") {
+                Some(rest) => (rest, true),
+                None => (last, false),
+            };
+            (hexadecimal || !digits.is_empty())
+                && digits
+                    .bytes()
+                    .all(|byte| byte.is_ascii_digit() || hexadecimal && byte.is_ascii_hexdigit())
+        });
         if lower.len() > 253 || numeric || !lower.split('.').all(label) {
             return Err(DestinationError::Form(text.chars().take(64).collect()));
         }
@@ -200,9 +207,13 @@ impl FromStr for Destination {
         if let Some(name) = text.strip_prefix("*.") {
             return name.parse().map(Self::Below).map_err(|_| form());
         }
-        let (address, prefix) = match text.split_once('/') {
+        let (address, prefix): (_, u8) = match text.split_once('/') {
             Some((address, prefix)) => {
                 let address: IpAddr = address.parse().map_err(|_| form())?;
+                // `parse` would take a sign.
+                if !prefix.bytes().all(|byte| byte.is_ascii_digit()) {
+                    return Err(form());
+                }
                 (address, prefix.parse().map_err(|_| form())?)
             }
             None => match text.parse::<IpAddr>() {
@@ -213,6 +224,14 @@ impl FromStr for Destination {
         if prefix > if address.is_ipv4() { 32 } else { 128 } {
             return Err(DestinationError::Prefix(text.to_owned()));
         }
+        // `::ffff:192.0.2.0/120` is 192.0.2.0/24, and matched as that.
+        let (address, prefix) = match (address, prefix.checked_sub(96)) {
+            (IpAddr::V6(v6), Some(rest)) => match v6.to_ipv4_mapped() {
+                Some(v4) => (v4.into(), rest),
+                None => (address, prefix),
+            },
+            _ => (address, prefix),
+        };
         let network = Self::Network {
             address: masked(address, prefix),
             prefix,
@@ -331,3 +350,6 @@ messages! {
     SET_NETWORK => SetNetwork,
     NETWORK => NetworkInfo,
 }
+
+#[cfg(test)]
+mod tests;

@@ -221,7 +221,11 @@ impl Engine {
             }
         });
         let operator = common.gateway.borrow().rules.clone();
-        let policy = Arc::new(Policy::new(operator, settings.egress.clone()));
+        let policy = Arc::new(Policy::new(
+            operator,
+            settings.egress.clone(),
+            Arc::clone(&common.host),
+        ));
         let resolver = Arc::new(Resolver::new(Arc::clone(&policy), &settings.hostname));
         let slots = usize::try_from(MAX_CONNECTIONS)
             .unwrap_or(0)

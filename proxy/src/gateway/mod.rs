@@ -30,6 +30,7 @@ use protocol::id::VmId;
 use protocol::network::Egress;
 use tokio::sync::watch;
 
+use policy::HostAddresses;
 pub use stack::{Ended, Stack};
 pub use stream::{ConnectError, GuestStream};
 
@@ -71,6 +72,7 @@ pub struct Common {
     open: AtomicUsize,
     total: AtomicUsize,
     panics: AtomicU64,
+    host: Arc<HostAddresses>,
 }
 
 impl Common {
@@ -81,6 +83,7 @@ impl Common {
             open: AtomicUsize::new(0),
             total: AtomicUsize::new(DEFAULT_TOTAL),
             panics: AtomicU64::new(0),
+            host: Arc::default(),
         })
     }
 
@@ -92,6 +95,12 @@ impl Common {
     /// Most connections and flows of all VMs together.
     pub fn set_total(&self, total: usize) {
         self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Keeps the host's own addresses, which no VM reaches without a rule, as the kernel has them.
+    /// Ends only with an error; they stay as they were last read.
+    pub async fn follow_host(&self) -> std::io::Result<()> {
+        self.host.follow().await
     }
 
     /// Connections and flows of all VMs now.
