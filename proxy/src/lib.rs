@@ -1,6 +1,6 @@
-//! The process that talks to the world. Today it listens for the API and relays agent streams; it
-//! keeps no token, no record and no key beyond what control handed it, and decides nothing about
-//! VMs. Every byte of a client is taken for an attacker's.
+//! The process that talks to the world. It listens for the API, relays agent streams, and leads
+//! visitors to the ports of VMs; it keeps no token, no record and no key beyond what control handed
+//! it, and decides nothing about VMs. Every byte of a client is taken for an attacker's.
 
 #![deny(
     clippy::arithmetic_side_effects,
@@ -22,6 +22,7 @@
 
 mod api;
 pub mod channel;
+pub mod edge;
 pub mod gateway;
 
 use std::io;

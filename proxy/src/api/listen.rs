@@ -175,7 +175,7 @@ async fn serve_tcp(socket: TcpStream, peer: SocketAddr, stranger: Stranger, shar
 }
 
 /// A peer that vanished without a word is found out after two minutes.
-fn keep_alive(socket: &TcpStream) -> nix::Result<()> {
+pub(crate) fn keep_alive(socket: &TcpStream) -> nix::Result<()> {
     setsockopt(socket, sockopt::KeepAlive, &true)?;
     setsockopt(socket, sockopt::TcpKeepIdle, &60)?;
     setsockopt(socket, sockopt::TcpKeepInterval, &15)?;

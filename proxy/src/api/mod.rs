@@ -10,7 +10,7 @@ pub(crate) mod listen;
 pub(crate) mod quiet;
 mod relay;
 mod session;
-mod strangers;
+pub(crate) mod strangers;
 mod stream;
 mod tls;
 

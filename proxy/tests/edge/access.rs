@@ -1,0 +1,73 @@
+//! VMs whose owner set a token.
+
+use http::Request;
+
+use crate::support::{Got, World, empty, soon};
+
+#[tokio::test]
+async fn a_token_opens_by_field_or_by_link_and_cookie_and_the_guest_sees_none_of_it() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    world.token(&vm, "secret");
+    let host = vm.host();
+    assert_eq!(world.get(&host, &[]).await.status.as_u16(), 401);
+    let got = world.get(&host, &[("x-supvm-token", "wrong")]).await;
+    assert_eq!(got.status.as_u16(), 403);
+    for field in [
+        ("x-supvm-token", "secret"),
+        ("authorization", "Bearer secret"),
+    ] {
+        let got = world.get(&host, &[field]).await;
+        assert_eq!(got.status.as_u16(), 200);
+        assert!(!got.body.contains("secret"), "{}", got.body);
+    }
+    let mut sender = world.http1(&host).await;
+    let request = Request::get("//evil.example/x?supvm_token=secret&a=1").header("host", &host);
+    let sending = sender.send_request(request.body(empty()).unwrap());
+    let got = Got::of(soon("an answer", sending).await.unwrap()).await;
+    assert_eq!(got.status.as_u16(), 303);
+    let location = got.headers["location"].to_str().unwrap();
+    assert_eq!(location, format!("https://{host}//evil.example/x?a=1"));
+    let cookie = got.headers["set-cookie"].to_str().unwrap();
+    assert!(!cookie.contains("secret"));
+    let (pair, _) = cookie.split_once(';').unwrap();
+    let cookies = format!("own=1; {pair}");
+    let got = world.get(&host, &[("cookie", &cookies)]).await;
+    assert_eq!(got.status.as_u16(), 200);
+    assert!(got.body.contains("cookie: own=1\n"), "{}", got.body);
+    assert!(!got.body.contains("supvm="), "{}", got.body);
+    let other = world.vm_that_tells().await;
+    world.token(&other, "secret");
+    let got = world.get(&other.host(), &[("cookie", &cookies)]).await;
+    assert_eq!(got.status.as_u16(), 401, "a cookie is for one VM");
+    world.token(&vm, "changed");
+    let got = world.get(&host, &[("cookie", &cookies)]).await;
+    assert_eq!(got.status.as_u16(), 401, "and ends with the token");
+}
+
+#[tokio::test]
+async fn who_tries_too_often_waits_and_others_do_not() {
+    let world = World::with(|limits| limits.tries = 3).await;
+    let vm = world.vm_that_tells().await;
+    world.token(&vm, "secret");
+    for _ in 0..3 {
+        let got = world.get(&vm.host(), &[("x-supvm-token", "wrong")]).await;
+        assert_eq!(got.status.as_u16(), 403);
+    }
+    let got = world.get(&vm.host(), &[("x-supvm-token", "secret")]).await;
+    assert_eq!(got.status.as_u16(), 429);
+    assert!(got.headers.contains_key("retry-after"));
+    let from = Some("127.0.0.2".parse().unwrap());
+    let stream = world.tls_from(from, &vm.host(), "http/1.1").await.unwrap();
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+    tokio::spawn(connection);
+    let request = Request::get("/")
+        .header("host", vm.host())
+        .header("x-supvm-token", "secret");
+    let sending = sender.send_request(request.body(empty()).unwrap());
+    assert_eq!(
+        soon("an answer", sending).await.unwrap().status().as_u16(),
+        200
+    );
+}

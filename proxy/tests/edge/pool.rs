@@ -1,0 +1,132 @@
+//! Connections into a VM that are used again, and when they must not be.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::{Method, Request};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Semaphore;
+
+use crate::support::{Got, World, empty, full, raw_server, read_head, soon};
+
+const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+
+#[tokio::test]
+async fn requests_one_after_another_share_a_connection() {
+    let world = World::with(|limits| limits.upstream_idle = crate::support::PATIENCE).await;
+    let vm = world.vm_that_tells().await;
+    let mut sender = world.http1(&vm.host()).await;
+    for _ in 0..20 {
+        let request = Request::get("/").header("host", vm.host()).body(empty());
+        let got = sender.send_request(request.unwrap()).await.unwrap();
+        assert_eq!(Got::of(got).await.status.as_u16(), 200);
+    }
+    let made = world.guests.connections.load(Ordering::SeqCst);
+    // One that ends its answer late is not waited for.
+    assert!(made < 5, "{made}");
+}
+
+#[tokio::test]
+async fn a_connection_that_waited_in_vain_is_replaced_unless_something_could_happen_twice() {
+    let world = World::with(|limits| limits.upstream_idle = crate::support::PATIENCE).await;
+    let vm = world.vm();
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&seen);
+    // Answers one request per connection, reads the next, and closes without a word.
+    let server = raw_server(move |mut stream| {
+        let counted = Arc::clone(&counted);
+        async move {
+            if read_head(&mut stream).await.is_some() {
+                counted.fetch_add(1, Ordering::SeqCst);
+                stream.write_all(ANSWER).await.unwrap();
+                if read_head(&mut stream).await.is_some() {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        }
+    });
+    world.listens(&vm, 3000, server.await);
+    for (method, body, status, requests) in [
+        (Method::GET, "", 200, 2),
+        (Method::DELETE, "", 200, 2),
+        (Method::POST, "", 502, 1),
+        (Method::PUT, "data", 502, 1),
+    ] {
+        // A connection that waits, and no other.
+        soon("a pooled connection", async {
+            loop {
+                let before = world.guests.connections.load(Ordering::SeqCst);
+                assert_eq!(world.get(&vm.host(), &[]).await.status.as_u16(), 200);
+                if world.guests.connections.load(Ordering::SeqCst) > before {
+                    break;
+                }
+            }
+        })
+        .await;
+        let before = seen.load(Ordering::SeqCst);
+        let mut sender = world.http1(&vm.host()).await;
+        let request = Request::builder().method(&method).header("host", vm.host());
+        let request = request.body(full(body)).unwrap();
+        let got = Got::of(
+            soon("an answer", sender.send_request(request))
+                .await
+                .unwrap(),
+        )
+        .await;
+        assert_eq!(got.status.as_u16(), status, "{method}");
+        assert_eq!(seen.load(Ordering::SeqCst) - before, requests, "{method}");
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_changed_its_state_gets_no_request_over_an_old_connection() {
+    let world = World::with(|limits| limits.upstream_idle = crate::support::PATIENCE).await;
+    let vm = world.vm();
+    let closed = Arc::new(Semaphore::new(0));
+    let told = Arc::clone(&closed);
+    let server = raw_server(move |mut stream| {
+        let told = Arc::clone(&told);
+        async move {
+            while read_head(&mut stream).await.is_some() {
+                stream.write_all(ANSWER).await.unwrap();
+            }
+            told.add_permits(1);
+        }
+    });
+    world.listens(&vm, 3000, server.await);
+    let mut visitor = world.http1(&vm.host()).await;
+    for number in 1..=3 {
+        let request = Request::get("/").header("host", vm.host()).body(empty());
+        let got = visitor.send_request(request.unwrap()).await.unwrap();
+        assert_eq!(Got::of(got).await.body, "ok");
+        assert_eq!(world.guests.connections.load(Ordering::SeqCst), number);
+        world.restart(&vm);
+        soon("the end of the old connection", closed.acquire())
+            .await
+            .unwrap()
+            .forget();
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_nobody_uses_is_closed_before_the_guest_would() {
+    let world = World::with(|limits| {
+        limits.upstream_idle = std::time::Duration::from_millis(20);
+    })
+    .await;
+    let vm = world.vm();
+    let closed = Arc::new(Semaphore::new(0));
+    let told = Arc::clone(&closed);
+    let server = raw_server(move |mut stream| {
+        let told = Arc::clone(&told);
+        async move {
+            read_head(&mut stream).await.unwrap();
+            stream.write_all(ANSWER).await.unwrap();
+            assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+            told.add_permits(1);
+        }
+    });
+    world.listens(&vm, 3000, server.await);
+    assert_eq!(world.get(&vm.host(), &[]).await.body, "ok");
+    soon("the end", closed.acquire()).await.unwrap().forget();
+}
