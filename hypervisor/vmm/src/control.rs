@@ -1,4 +1,4 @@
-//! The control socket: who the machine is, streams into the guest, switching off. Control may die
+//! The control socket: who the machine is, streams into the guest, its frame channel, switching off. Control may die
 //! at any moment, in the middle of a message too, and its successor must get in: a new connection
 //! replaces the old one, and nothing that comes over it can end the machine but `SwitchOff`.
 #![cfg_attr(
@@ -22,10 +22,11 @@ use protocol::frame::Kind;
 use protocol::host::channel::{self, ChannelError, Packet};
 use protocol::host::supervisor::Run;
 use protocol::host::vmm::{
-    Connect, Connected, Identify, Identity, MachineState, NotConnected, SwitchOff,
+    AttachFrames, Connect, Connected, Identify, Identity, MachineState, NotConnected, SwitchOff,
 };
 use protocol::message::{Message, MessageError, decode};
 
+use crate::virtio::net::NetHost;
 use crate::virtio::vsock::{VsockEvent, VsockHost};
 
 /// Packets that are read per wake-up, so that a busy control cannot keep other events waiting.
@@ -40,15 +41,28 @@ pub(crate) enum Next {
     SwitchOff,
 }
 
-/// Opens streams into the guest.
+/// The machine's ends of what control hands over.
 pub(crate) trait Streams {
     /// Joins `stream` to the guest's `port`; the outcome comes as an event.
     fn connect(&self, ticket: u64, port: u32, wait_for_agent: bool, stream: UnixStream);
+
+    /// Makes `channel` the one that the guest's frames go over.
+    fn attach_frames(&self, channel: UnixStream);
 }
 
-impl Streams for VsockHost {
+/// The devices that take them.
+pub(crate) struct HostEnds {
+    pub(crate) vsock: VsockHost,
+    pub(crate) net: NetHost,
+}
+
+impl Streams for HostEnds {
     fn connect(&self, ticket: u64, port: u32, wait_for_agent: bool, stream: UnixStream) {
-        VsockHost::connect(self, ticket, port, wait_for_agent, stream);
+        self.vsock.connect(ticket, port, wait_for_agent, stream);
+    }
+
+    fn attach_frames(&self, channel: UnixStream) {
+        self.net.attach(channel);
     }
 }
 
@@ -166,6 +180,8 @@ impl<S: Streams> Control<S> {
             Kind::CONNECT => {
                 decode::<Connect>(&frame).map(|connect| self.connect(&connect, descriptors))
             }
+            Kind::ATTACH_FRAMES => decode::<AttachFrames>(&frame)
+                .map(|AttachFrames {}| self.attach_frames(descriptors)),
             Kind::SWITCH_OFF => match decode::<SwitchOff>(&frame) {
                 Ok(SwitchOff {}) => return Next::SwitchOff,
                 Err(error) => Err(error),
@@ -191,31 +207,28 @@ impl<S: Streams> Control<S> {
 
     fn connect(&mut self, connect: &Connect, descriptors: Vec<OwnedFd>) {
         let ticket = connect.ticket;
-        let stream = match <[OwnedFd; 1]>::try_from(descriptors) {
-            Ok([stream]) => UnixStream::from(stream),
-            Err(descriptors) => {
-                self.answer(&NotConnected {
-                    ticket,
-                    message: format!("{} descriptors attached instead of 1", descriptors.len()),
-                });
+        let stream = match stream_socket(descriptors) {
+            Ok(stream) => stream,
+            Err(error) => {
+                let message = error.to_string();
+                self.answer(&NotConnected { ticket, message });
                 return;
             }
         };
-        let kind = getsockopt(&stream, sockopt::SockType).map_err(io::Error::from);
-        let usable = match kind {
-            Ok(SockType::Stream) => stream.set_nonblocking(true),
-            Ok(_) => Err(io::ErrorKind::InvalidInput.into()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = usable {
-            self.answer(&NotConnected {
-                ticket,
-                message: format!("what is attached is no stream socket: {error}"),
-            });
-            return;
-        }
         self.streams
             .connect(ticket, connect.port, connect.wait_for_agent, stream);
+    }
+
+    /// The one before stays in use when this one cannot be used.
+    fn attach_frames(&mut self, descriptors: Vec<OwnedFd>) {
+        match stream_socket(descriptors) {
+            Ok(channel) => self.streams.attach_frames(channel),
+            Err(error) => {
+                tracing::warn!(%error, "frame channel refused");
+                let message = format!("the frame channel cannot be used: {error}");
+                self.answer(&ErrorBody::caller(ErrorCode::Malformed, message));
+            }
+        }
     }
 
     /// Passes on what became of a stream.
@@ -259,6 +272,27 @@ impl<S: Streams> Control<S> {
     }
 }
 
+/// What is attached is not one stream socket.
+#[derive(Debug, thiserror::Error)]
+enum NoStream {
+    #[error("{0} descriptors attached instead of 1")]
+    Count(usize),
+    #[error("what is attached is no stream socket: {0}")]
+    Unusable(io::Error),
+}
+
+fn stream_socket(descriptors: Vec<OwnedFd>) -> Result<UnixStream, NoStream> {
+    let [stream] = <[OwnedFd; 1]>::try_from(descriptors)
+        .map_err(|descriptors| NoStream::Count(descriptors.len()))?;
+    let stream = UnixStream::from(stream);
+    match getsockopt(&stream, sockopt::SockType) {
+        Ok(SockType::Stream) => stream.set_nonblocking(true).map_err(NoStream::Unusable)?,
+        Ok(_) => return Err(NoStream::Unusable(io::ErrorKind::InvalidInput.into())),
+        Err(error) => return Err(NoStream::Unusable(error.into())),
+    }
+    Ok(stream)
+}
+
 fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
@@ -267,7 +301,7 @@ fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Serves packets, each with so many descriptors, as control's on one connection after the other,
-/// for a fuzz target. Gives how many streams were asked for, and whether the machine was to end.
+/// for a fuzz target. Gives how many streams and frame channels came, and whether the machine was to end.
 #[cfg(fuzzing)]
 pub fn fuzz(packets: &[(&[u8], Vec<BorrowedFd<'_>>)]) -> io::Result<(usize, bool)> {
     use std::cell::Cell;
@@ -277,6 +311,10 @@ pub fn fuzz(packets: &[(&[u8], Vec<BorrowedFd<'_>>)]) -> io::Result<(usize, bool
 
     impl Streams for Counted {
         fn connect(&self, _: u64, _: u32, _: bool, _: UnixStream) {
+            self.0.set(self.0.get().saturating_add(1));
+        }
+
+        fn attach_frames(&self, _: UnixStream) {
             self.0.set(self.0.get().saturating_add(1));
         }
     }
@@ -324,15 +362,27 @@ mod tests {
 
     type Opened = Rc<RefCell<Vec<(u64, u32, bool)>>>;
 
-    impl Streams for Opened {
+    #[derive(Clone, Default)]
+    struct Ends {
+        opened: Opened,
+        attached: Rc<RefCell<Vec<UnixStream>>>,
+    }
+
+    impl Streams for Ends {
         fn connect(&self, ticket: u64, port: u32, wait_for_agent: bool, _: UnixStream) {
-            self.borrow_mut().push((ticket, port, wait_for_agent));
+            self.opened
+                .borrow_mut()
+                .push((ticket, port, wait_for_agent));
+        }
+
+        fn attach_frames(&self, channel: UnixStream) {
+            self.attached.borrow_mut().push(channel);
         }
     }
 
     struct Host {
-        control: Control<Opened>,
-        opened: Opened,
+        control: Control<Ends>,
+        ends: Ends,
         path: tempfile::TempDir,
     }
 
@@ -346,10 +396,10 @@ mod tests {
                 vm: "vm-00000000".parse().unwrap(),
                 generation: 3,
             };
-            let opened = Opened::default();
+            let ends = Ends::default();
             Self {
-                control: Control::new(listening, run, 1, opened.clone()).unwrap(),
-                opened,
+                control: Control::new(listening, run, 1, ends.clone()).unwrap(),
+                ends,
                 path,
             }
         }
@@ -461,14 +511,46 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(hear::<NotConnected>(&client).ticket, 9);
         }
-        assert!(host.opened.borrow().is_empty());
+        assert!(host.ends.opened.borrow().is_empty());
 
         let (stream, _other) = UnixStream::pair().unwrap();
         channel::send(client.as_fd(), &connect, &[stream.as_fd()]).unwrap();
         host.control.serve();
-        assert_eq!(*host.opened.borrow(), [(9, 1024, true)]);
+        assert_eq!(*host.ends.opened.borrow(), [(9, 1024, true)]);
         host.control.vsock(VsockEvent::Connected { ticket: 9 });
         assert_eq!(hear::<Connected>(&client).ticket, 9);
+    }
+
+    #[test]
+    fn a_frame_channel_is_passed_on_and_anything_else_refused() {
+        use std::io::Write as _;
+
+        let mut host = Host::new();
+        let client = host.connect();
+        let (mut ours, channel) = UnixStream::pair().unwrap();
+        channel::send(client.as_fd(), &AttachFrames {}, &[channel.as_fd()]).unwrap();
+        host.control.serve();
+        assert_eq!(host.ends.attached.borrow().len(), 1);
+        ours.write_all(b"frame").unwrap();
+        let mut bytes = [0; 5];
+        io::Read::read_exact(&mut host.ends.attached.borrow_mut()[0], &mut bytes).unwrap();
+        assert_eq!(&bytes, b"frame");
+
+        let file = tempfile::tempfile().unwrap();
+        let packets = packet_socket();
+        let (one, two) = UnixStream::pair().unwrap();
+        for wrong in [
+            &[][..],
+            &[file.as_fd()],
+            &[packets.as_fd()],
+            &[one.as_fd(), two.as_fd()],
+        ] {
+            channel::send(client.as_fd(), &AttachFrames {}, wrong).unwrap();
+            host.control.serve();
+            assert_eq!(hear::<ErrorBody>(&client).code, ErrorCode::Malformed);
+        }
+        assert_eq!(host.ends.attached.borrow().len(), 1);
+        works(&mut host, &client);
     }
 
     #[test]

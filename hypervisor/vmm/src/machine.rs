@@ -17,7 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console_log::ConsoleLog;
-use crate::control::{Control, Next};
+use crate::control::{Control, HostEnds, Next};
 use crate::descriptors::Descriptors;
 use crate::ending::{Cause, Told, panic_message, teller};
 use crate::model::{self, MachineModel};
@@ -25,8 +25,9 @@ use crate::platform::Platform;
 use crate::serial::Console;
 use crate::vcpu::Vcpus;
 use crate::virtio::block::{FileBackend, block};
+use crate::virtio::net::net;
 use crate::virtio::rng::rng;
-use crate::virtio::vsock::{VsockEventReceiver, VsockEvents, VsockHost, vsock};
+use crate::virtio::vsock::{VsockEventReceiver, VsockEvents, vsock};
 use crate::virtio::{FaultSink, VirtioMmio};
 use crate::{acpi, boot, cpuid, memory, registers, seccomp, vcpu};
 
@@ -104,7 +105,7 @@ fn system(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// A machine that is about to run.
 pub(crate) struct Machine {
     platform: Arc<Platform>,
-    control: Control<VsockHost>,
+    control: Control<HostEnds>,
     vsock_events: VsockEventReceiver,
     told: Told,
     vcpus: Vcpus,
@@ -154,12 +155,19 @@ impl Machine {
         let random =
             rng(memory.clone(), faults.clone()).map_err(device("making the entropy device"))?;
         let (events, vsock_events) = VsockEvents::channel().map_err(system("making an event"))?;
-        let (sockets, host) = vsock(memory.clone(), model::GUEST_CID, faults, events)
+        let (sockets, vsock_host) = vsock(memory.clone(), model::GUEST_CID, faults.clone(), events)
             .map_err(device("making the vsock device"))?;
+        let (network, net_host) = net(memory.clone(), model::GUEST_MAC, model::GUEST_MTU, faults)
+            .map_err(device("making the network device"))?;
+        let ends = HostEnds {
+            vsock: vsock_host,
+            net: net_host,
+        };
         let virtio = vec![
             (model::SLOT_BLOCK, disk),
             (model::SLOT_VSOCK, sockets),
             (model::SLOT_RNG, random),
+            (model::SLOT_NET, network),
         ];
         let slots: Vec<usize> = virtio.iter().map(|(slot, _)| *slot).collect();
         let console = Console::new(Arc::clone(&log))?;
@@ -190,7 +198,7 @@ impl Machine {
         let vcpus = create_vcpus(&kvm_device, &vm, config.cpus, entry)?;
         let gate = Arc::new(Barrier::new(vcpus.len().saturating_add(1)));
         let vcpus = Vcpus::start(vcpus, &platform, &teller, &log, &gate)?;
-        let control = Control::new(descriptors.listen, config.run, config.model, host)
+        let control = Control::new(descriptors.listen, config.run, config.model, ends)
             .map_err(system("preparing the control socket"))?;
         Ok(Self {
             platform,
@@ -354,7 +362,7 @@ const LOG: u64 = 4;
 /// Waits for events until the machine has a reason to end.
 fn serve(
     epoll: &Epoll,
-    control: &mut Control<VsockHost>,
+    control: &mut Control<HostEnds>,
     vsock_events: &VsockEventReceiver,
     told: &Told,
     log: &ConsoleLog,

@@ -82,7 +82,7 @@ pub const SLOT_BLOCK: usize = 0;
 pub const SLOT_VSOCK: usize = 1;
 /// virtio slot of the entropy device.
 pub const SLOT_RNG: usize = 2;
-/// virtio slot kept for the network device.
+/// virtio slot of the network device.
 pub const SLOT_NET: usize = 3;
 /// virtio slot kept for the balloon.
 pub const SLOT_BALLOON: usize = 4;
@@ -121,6 +121,11 @@ pub const GED_GSI: u32 = 23;
 
 /// The guest's vsock address.
 pub const GUEST_CID: u64 = 3;
+
+/// The guest's Ethernet address. Each VM has a network of its own, so that all can have the same.
+pub const GUEST_MAC: [u8; 6] = [0x02, 0x73, 0x75, 0x70, 0x00, 0x02];
+/// Largest IP packet of the guest's network: a multiple of 16 below 64 KiB.
+pub const GUEST_MTU: u16 = 65_520;
 
 /// The kernel's command line. `quiet`: each character on the console is an exit. `8250.nr_uarts`:
 /// there is one port. `pci=off`: there is no PCI to look for. `reboot=a`: through the ACPI reset register, trying nothing else first.

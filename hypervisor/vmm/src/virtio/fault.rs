@@ -15,6 +15,8 @@ pub enum DeviceKind {
     Rng,
     /// Connections between host and guest.
     Vsock,
+    /// The network.
+    Net,
 }
 
 impl DeviceKind {
@@ -24,6 +26,7 @@ impl DeviceKind {
             Self::Block => 2,
             Self::Rng => 4,
             Self::Vsock => 19,
+            Self::Net => 1,
         }
     }
 }
@@ -34,6 +37,7 @@ impl fmt::Display for DeviceKind {
             Self::Block => "virtio-block",
             Self::Rng => "virtio-rng",
             Self::Vsock => "virtio-vsock",
+            Self::Net => "virtio-net",
         })
     }
 }

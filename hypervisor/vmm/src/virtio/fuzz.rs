@@ -13,9 +13,11 @@ use super::GuestMemory;
 use super::block::{BlockBackend, disk_without_thread};
 use super::fault::{Broken, DeviceKind, FaultSink};
 use super::interrupt::Interrupt;
+use super::net::{NetHost, net_without_thread};
 use super::ring::Ring;
 use super::vsock::{VsockEvents, VsockHost, vsock_without_thread};
 use super::worker::{Device, Rings};
+use crate::model;
 
 /// Entries of each queue.
 pub const QUEUE_SIZE: u16 = 16;
@@ -70,8 +72,20 @@ impl Hands {
         Ok((Self::new(DeviceKind::Vsock, device, memory)?, host))
     }
 
-    /// The driver resets the device and makes it live anew; `event_idx` is negotiated or not.
+    /// The network interface of the first machine model.
+    pub fn net(memory: GuestMemory) -> io::Result<(Self, NetHost)> {
+        let (device, host) = net_without_thread(model::GUEST_MAC, model::GUEST_MTU)?;
+        Ok((Self::new(DeviceKind::Net, device, memory)?, host))
+    }
+
+    /// The driver resets the device and makes it live anew; `event_idx` is negotiated or not, all
+    /// of the device's own features are.
     pub fn restart(&mut self, event_idx: bool) {
+        self.restart_with(event_idx, u64::MAX);
+    }
+
+    /// As [`restart`](Self::restart), with those of the device's own features that are in `mask`.
+    pub fn restart_with(&mut self, event_idx: bool, mask: u64) {
         if self.live {
             self.device.stop(true);
         }
@@ -99,7 +113,10 @@ impl Hands {
                 ))
             })
             .collect();
-        self.run(|device, rings| device.start(rings));
+        self.run(|device, rings| {
+            device.negotiated(device.features() & mask);
+            device.start(rings)
+        });
     }
 
     /// The driver kicks a queue.

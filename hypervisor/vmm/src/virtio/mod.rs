@@ -1,7 +1,7 @@
 //! The machine's virtio devices: one transport (virtio-mmio, version 2) and, behind it, a disk, a
-//! source of randomness and vsock. Everything a driver writes here is an attacker's: it may break
-//! its own device, which then asks for a reset and says why; it must never panic, block a vCPU for
-//! longer than the I/O already in flight, or grow host memory without bound.
+//! source of randomness, vsock and a network interface. Everything a driver writes here is an
+//! attacker's: it may break its own device, which then asks for a reset and says why; it must never
+//! panic, block a vCPU for longer than the I/O already in flight, or grow host memory without bound.
 //!
 //! A device is driven through three layers. [`transport`] holds the registers and the status
 //! machine and runs on vCPU threads. [`worker`] is the device's own thread: it takes the queues over
@@ -14,6 +14,7 @@ mod fault;
 pub mod fuzz;
 mod interrupt;
 mod limit;
+pub mod net;
 mod ring;
 pub mod rng;
 pub mod transport;

@@ -10,6 +10,7 @@
 )]
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::{
@@ -28,7 +29,10 @@ pub(super) struct Ring {
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
     kicks: Arc<[EventFd]>,
-    used: bool,
+    /// Answers that lie in the used ring and are not published yet.
+    staged: u16,
+    /// The next used entry when the driver was last told, or might have been.
+    told: u16,
 }
 
 /// A buffer inside guest memory.
@@ -39,7 +43,7 @@ pub(super) struct Buffer {
 }
 
 /// A chain of buffers, copied out of the descriptor table once.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Chain {
     pub(super) queue: usize,
     pub(super) head: u16,
@@ -57,14 +61,21 @@ impl Ring {
         interrupt: Arc<Interrupt>,
         kicks: Arc<[EventFd]>,
     ) -> Self {
+        let told = queue.next_used();
         Self {
             index,
             queue,
             memory,
             interrupt,
             kicks,
-            used: false,
+            staged: 0,
+            told,
         }
+    }
+
+    /// Entries of the queue.
+    pub(super) fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     pub(super) fn memory(&self) -> &GuestMemory {
@@ -84,8 +95,14 @@ impl Ring {
 
     /// The next chain of at most `limit` descriptors.
     pub(super) fn pop(&mut self, limit: usize) -> Result<Option<Chain>, Broken> {
+        let mut chain = Chain::default();
+        Ok(self.pop_into(limit, &mut chain)?.then_some(chain))
+    }
+
+    /// As [`pop`](Self::pop), into a chain whose memory is used again; false when there is none.
+    pub(super) fn pop_into(&mut self, limit: usize, chain: &mut Chain) -> Result<bool, Broken> {
         let queue = self.index;
-        let head = {
+        let descriptors = {
             let memory = &self.memory;
             let mut available = self
                 .queue
@@ -95,11 +112,13 @@ impl Ring {
                     reason: e.to_string(),
                 })?;
             match available.next() {
-                Some(chain) => chain,
-                None => return Ok(None),
+                Some(descriptors) => descriptors,
+                None => return Ok(false),
             }
         };
-        read_chain(queue, head, &self.memory, limit).map(Some)
+        chain.queue = queue;
+        read_chain(descriptors, &self.memory, limit, chain)?;
+        Ok(true)
     }
 
     /// Puts the last popped chain back.
@@ -109,25 +128,80 @@ impl Ring {
 
     /// Gives a chain back with `written` bytes in it.
     pub(super) fn complete(&mut self, head: u16, written: u32) -> Result<(), Broken> {
-        self.used = true;
-        self.queue
-            .add_used(&self.memory, head, written)
+        self.stage(head, written)?;
+        self.publish()
+    }
+
+    /// As [`complete`](Self::complete), but the driver sees it with the next
+    /// [`publish`](Self::publish) only: what belongs together appears at once.
+    pub(super) fn stage(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        const HEADER: u64 = 4;
+        const ENTRY: u64 = 8;
+        let place = self.queue.next_used().wrapping_add(self.staged);
+        let Some(place) = place.checked_rem(self.queue.size()) else {
+            return Err(self.broken(&"it has no entries"));
+        };
+        if head >= self.queue.size() {
+            return Err(self.broken(&virtio_queue::Error::InvalidDescriptorIndex));
+        }
+        let entry = (u64::from(written) << 32 | u64::from(head)).to_le_bytes();
+        let at = HEADER.saturating_add(ENTRY.saturating_mul(u64::from(place)));
+        let address = self.queue.used_ring().saturating_add(at);
+        self.memory
+            .write_slice(&entry, GuestAddress(address))
+            .map_err(|e| self.broken(&e))?;
+        self.staged = self.staged.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the driver what was staged.
+    pub(super) fn publish(&mut self) -> Result<(), Broken> {
+        const INDEX: u64 = 2;
+        let staged = std::mem::take(&mut self.staged);
+        if staged == 0 {
+            return Ok(());
+        }
+        let next = self.queue.next_used().wrapping_add(staged);
+        self.queue.set_next_used(next);
+        let address = GuestAddress(self.queue.used_ring().saturating_add(INDEX));
+        self.memory
+            .store(next.to_le(), address, Ordering::Release)
             .map_err(|e| self.broken(&e))
     }
 
     /// Interrupts the driver if something was completed and it wants to hear of it.
     pub(super) fn signal(&mut self) -> Result<(), Broken> {
-        if !std::mem::take(&mut self.used) {
+        let next = self.queue.next_used();
+        let told = std::mem::replace(&mut self.told, next);
+        let new = next.wrapping_sub(told);
+        if new == 0 {
             return Ok(());
         }
-        let wanted = self
-            .queue
-            .needs_notification(&self.memory)
-            .map_err(|e| self.broken(&e))?;
+        let wanted = if self.queue.event_idx_enabled() {
+            // Whether the entry after which it wants to hear is among the new ones.
+            let event = self.used_event()?;
+            next.wrapping_sub(event).wrapping_sub(1) < new
+        } else {
+            true
+        };
         if wanted {
             self.interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// The used entry after which the driver wants an interrupt: behind the available ring.
+    fn used_event(&self) -> Result<u16, Broken> {
+        const HEADER: u64 = 4;
+        const ENTRY: u64 = 2;
+        let at = HEADER.saturating_add(ENTRY.saturating_mul(u64::from(self.queue.size())));
+        let address = GuestAddress(self.queue.avail_ring().saturating_add(at));
+        // The driver writes this, then looks at the used ring; here it is the other way round.
+        fence(Ordering::SeqCst);
+        self.memory
+            .load(address, Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|e| self.broken(&e))
     }
 
     /// Asks the driver not to notify while the queue is being worked on.
@@ -144,7 +218,7 @@ impl Ring {
             .map_err(|e| self.broken(&e))
     }
 
-    fn broken(&self, error: &virtio_queue::Error) -> Broken {
+    fn broken(&self, error: &dyn std::fmt::Display) -> Broken {
         Broken::Ring {
             queue: self.index,
             reason: error.to_string(),
@@ -153,18 +227,15 @@ impl Ring {
 }
 
 fn read_chain(
-    queue: usize,
     mut descriptors: virtio_queue::DescriptorChain<&GuestMemory>,
     memory: &GuestMemory,
     limit: usize,
-) -> Result<Chain, Broken> {
-    let head = descriptors.head_index();
-    let mut chain = Chain {
-        queue,
-        head,
-        readable: Vec::new(),
-        writable: Vec::new(),
-    };
+    chain: &mut Chain,
+) -> Result<(), Broken> {
+    let (queue, head) = (chain.queue, descriptors.head_index());
+    chain.head = head;
+    chain.readable.clear();
+    chain.writable.clear();
     // The iterator ends without a word on anything it cannot follow; a chain that ended well ends
     // with a descriptor that has no successor.
     let mut ended = false;
@@ -196,7 +267,7 @@ fn read_chain(
         }
     }
     if ended {
-        Ok(chain)
+        Ok(())
     } else {
         Err(Broken::EndlessChain { queue, head })
     }

@@ -57,6 +57,11 @@ pub(super) trait Device: Send + 'static {
         Ok(())
     }
 
+    /// What the driver chose of the features, before each `start`.
+    fn negotiated(&mut self, features: u64) {
+        let _ = features;
+    }
+
     /// The driver is ready. Afterwards each queue is treated as kicked.
     fn start(&mut self, rings: &mut Rings) -> Result<(), Broken> {
         let _ = rings;
@@ -91,7 +96,11 @@ pub(super) trait Device: Send + 'static {
 }
 
 enum Request {
-    Start(Rings, SyncSender<()>),
+    Start {
+        features: u64,
+        rings: Rings,
+        answer: SyncSender<()>,
+    },
     /// Answered with each queue's progress.
     Stop {
         reset: bool,
@@ -187,8 +196,12 @@ impl Worker {
     }
 
     /// Hands the queues over and returns once the worker has them.
-    pub(super) fn start(&self, rings: Rings) {
-        let _ = self.ask(|answer| Request::Start(rings, answer));
+    pub(super) fn start(&self, features: u64, rings: Rings) {
+        let _ = self.ask(|answer| Request::Start {
+            features,
+            rings,
+            answer,
+        });
     }
 
     /// Takes the queues back once the I/O in flight is done.
@@ -298,10 +311,17 @@ impl Thread {
         loop {
             match self.mailbox.pop() {
                 None => return false,
-                Some(Request::Start(rings, answer)) => {
+                Some(Request::Start {
+                    features,
+                    rings,
+                    answer,
+                }) => {
                     self.rings = rings;
                     self.live = true;
-                    self.run_device(|device, rings| device.start(rings));
+                    self.run_device(|device, rings| {
+                        device.negotiated(features);
+                        device.start(rings)
+                    });
                     for kick in self.kicks.iter() {
                         let _ = kick.write(1);
                     }
@@ -456,7 +476,7 @@ mod tests {
         let device = Box::new(Odd { panics });
         let worker = Worker::spawn(DeviceKind::Block, device, kicks, Arc::clone(&interrupt));
         let worker = worker.unwrap();
-        worker.start(vec![None]);
+        worker.start(0, vec![None]);
         let mut polled = libc::pollfd {
             fd: interrupt.event().as_raw_fd(),
             events: libc::POLLIN,

@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, OnceLock};
 
 use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::device::socket::{
     VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType,
@@ -15,6 +16,7 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 use vmm::virtio::block::{FileBackend, block};
+use vmm::virtio::net::net;
 use vmm::virtio::rng::rng;
 use vmm::virtio::vsock::{AGENT_PORT, VsockEvent, VsockEvents, vsock};
 use vmm::virtio::{GuestMemory, VirtioMmio};
@@ -333,4 +335,48 @@ fn a_foreign_driver_echoes_megabytes_over_vsock_and_rings_the_bell() {
             break;
         }
     }
+}
+
+#[test]
+fn a_foreign_driver_sends_frames_and_gets_them_back() {
+    const MAC: [u8; 6] = [2, 0x73, 0x75, 0x70, 0, 2];
+    let (device, host) = net(
+        shared_memory().clone(),
+        MAC,
+        65_520,
+        Faults::default().sink(),
+    )
+    .unwrap();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    host.attach(theirs);
+    let mut driver = VirtIONetRaw::<TestHal, _, 16>::new(Registers(device)).unwrap();
+    assert_eq!(driver.mac_address(), MAC);
+    // Whoever is first: a frame sent before the channel is there is lost.
+    ours.set_nonblocking(true).unwrap();
+    while ours.read(&mut [0; 64]).is_err() {
+        driver.send(&[0xff; 60]).unwrap();
+    }
+    ours.set_nonblocking(false).unwrap();
+    let lengths = [14, 60, 1514, 9000, 40_000, 65_550];
+    let echo = std::thread::spawn(move || {
+        for expected in lengths {
+            let mut length = [0; 4];
+            ours.read_exact(&mut length).unwrap();
+            let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+            ours.read_exact(&mut frame).unwrap();
+            assert_eq!(frame.len(), expected);
+            ours.write_all(&length).unwrap();
+            ours.write_all(&frame).unwrap();
+        }
+        ours
+    });
+    for length in lengths {
+        let frame: Vec<u8> = (0..length).map(|i| (i % 249) as u8).collect();
+        driver.send(&frame).unwrap();
+        let mut buffer = vec![0; 66_000];
+        let (header, received) = driver.receive_wait(&mut buffer).unwrap();
+        assert_eq!((header, received), (12, length));
+        assert!(buffer[12..12 + length] == frame);
+    }
+    echo.join().unwrap();
 }

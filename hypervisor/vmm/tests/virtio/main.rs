@@ -7,6 +7,8 @@ mod block;
 mod drivers;
 mod guest;
 mod hostile;
+mod net;
+mod net_hostile;
 mod rig;
 mod rng;
 mod storm;

@@ -1,8 +1,12 @@
 //! Random registers, random rings: whatever a guest writes, nothing panics, nothing hangs, and the
 //! machine hears of no fault.
 
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+
 use proptest::prelude::*;
 use vmm::virtio::block::{FileBackend, block};
+use vmm::virtio::net::net;
 use vmm::virtio::rng::rng;
 use vmm::virtio::vsock::{VsockEvents, vsock};
 use vmm::virtio::{GuestMemory, VirtioMmio};
@@ -15,7 +19,24 @@ fn devices(memory: &GuestMemory, faults: &Faults) -> Vec<(VirtioMmio, Vec<u16>)>
     let (sender, _events) = VsockEvents::channel().unwrap();
     let backend = Box::new(FileBackend::new(file));
     let (vsock, _host) = vsock(memory.clone(), 3, faults.sink(), sender).unwrap();
+    let (net, channel) = net(memory.clone(), [2; 6], 65_520, faults.sink()).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    channel.attach(theirs);
+    // Frames wait for whatever buffers there are, and one that never comes as a whole.
+    (&ours)
+        .write_all(
+            &[
+                &[0, 0, 0, 60][..],
+                &[8; 60],
+                &[0, 0, 5, 220],
+                &[8; 1500],
+                &[0, 0, 0, 99],
+            ]
+            .concat(),
+        )
+        .unwrap();
     vec![
+        (net, vec![16, 16]),
         (rng(memory.clone(), faults.sink()).unwrap(), vec![16]),
         (
             block(memory.clone(), backend, faults.sink()).unwrap(),
@@ -53,7 +74,7 @@ fn address() -> impl Strategy<Value = u64> {
 
 fn length() -> impl Strategy<Value = u32> {
     prop_oneof![
-        6 => prop::sample::select(vec![0, 1, 15, 16, 17, 43, 44, 45, 512, 513, 4096]),
+        6 => prop::sample::select(vec![0, 1, 11, 12, 15, 16, 17, 43, 44, 45, 512, 513, 4096]),
         1 => any::<u32>(),
     ]
 }

@@ -337,7 +337,7 @@ impl VirtioMmio {
                 ))
             })
             .collect();
-        self.worker.start(rings);
+        self.worker.start(registers.driver_features, rings);
     }
 
     fn pause(&self, registers: &mut Registers, reset: bool) {

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::virtio::block::BlockState;
+use crate::virtio::net::NetState;
 use crate::virtio::rng::RngState;
 use crate::virtio::vsock::VsockState;
 
@@ -58,4 +59,6 @@ pub enum DeviceState {
     Rng(RngState),
     /// The connections'.
     Vsock(VsockState),
+    /// The network's.
+    Net(NetState),
 }
