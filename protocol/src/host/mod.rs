@@ -35,9 +35,7 @@ mod tests {
     use super::vmm::*;
     use crate::frame::HEADER_LEN;
     use crate::message::{Message, decode_body, encode};
-    use crate::network::{
-        Egress, NetworkCounters, Publication, Rule, RuleAction, RuleProtocol,
-    };
+    use crate::network::{Egress, NetworkCounters, Publication, Rule, RuleAction, RuleProtocol};
 
     /// The frame is these bytes, and these bytes are the message.
     #[track_caller]
@@ -254,32 +252,50 @@ mod tests {
             egress: egress.clone(),
             publication: publication.clone(),
         };
-        golden(&attach, "]\\x00\\x00\\x00\\x05\\x83\\x00\\x0bvm-1234abcd\\xac\\x02\\x01h\\x14abcdefghijklmnopqrst\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07");
+        golden(
+            &attach,
+            "]\\x00\\x00\\x00\\x05\\x83\\x00\\x0bvm-1234abcd\\xac\\x02\\x01h\\x14abcdefghijklmnopqrst\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07",
+        );
         let update = UpdateVm {
             vm: vm.clone(),
             egress,
             publication,
         };
-        golden(&update, "D\\x00\\x00\\x00\\x06\\x83\\x00\\x0bvm-1234abcd\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07");
+        golden(
+            &update,
+            "D\\x00\\x00\\x00\\x06\\x83\\x00\\x0bvm-1234abcd\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07",
+        );
         let detach = DetachVm {
             vm: vm.clone(),
             generation: 300,
         };
-        golden(&detach, "\\x0e\\x00\\x00\\x00\\x07\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
+        golden(
+            &detach,
+            "\\x0e\\x00\\x00\\x00\\x07\\x83\\x00\\x0bvm-1234abcd\\xac\\x02",
+        );
         let list = ListAttached {
             after: Some(vm.clone()),
         };
-        golden(&list, "\\r\\x00\\x00\\x00\\x0e\\x83\\x00\\x01\\x0bvm-1234abcd");
+        golden(
+            &list,
+            "\\r\\x00\\x00\\x00\\x0e\\x83\\x00\\x01\\x0bvm-1234abcd",
+        );
         let attached = Attached {
             vms: vec![(vm.clone(), 300)],
             more: true,
         };
-        golden(&attached, "\\x10\\x00\\x00\\x00\\x0f\\x83\\x00\\x01\\x0bvm-1234abcd\\xac\\x02\\x01");
+        golden(
+            &attached,
+            "\\x10\\x00\\x00\\x00\\x0f\\x83\\x00\\x01\\x0bvm-1234abcd\\xac\\x02\\x01",
+        );
         let lost = FramesLost {
             vm,
             generation: 300,
         };
-        golden(&lost, "\\x0e\\x00\\x00\\x00\\x10\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
+        golden(
+            &lost,
+            "\\x0e\\x00\\x00\\x00\\x10\\x83\\x00\\x0bvm-1234abcd\\xac\\x02",
+        );
     }
 
     #[test]
@@ -290,22 +306,37 @@ mod tests {
             kind: 0x8309,
             body: vec![9],
         };
-        golden(&request, "\\x06\\x00\\x00\\x00\\x08\\x83\\x00\\x05\\x89\\x86\\x02\\x01\\t");
+        golden(
+            &request,
+            "\\x06\\x00\\x00\\x00\\x08\\x83\\x00\\x05\\x89\\x86\\x02\\x01\\t",
+        );
         let wake = Wake {
             subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
         };
-        golden(&wake, "\\x15\\x00\\x00\\x00\\t\\x83\\x00\\x14abcdefghijklmnopqrst");
+        golden(
+            &wake,
+            "\\x15\\x00\\x00\\x00\\t\\x83\\x00\\x14abcdefghijklmnopqrst",
+        );
         let awake = Awake {
             vm: vm.clone(),
             generation: 300,
         };
-        golden(&awake, "\\x0e\\x00\\x00\\x00\\n\\x83\\x00\\x0bvm-1234abcd\\xac\\x02");
-        golden(&DialAgent { vm: vm.clone() }, "\\x0c\\x00\\x00\\x00\\x0b\\x83\\x00\\x0bvm-1234abcd");
+        golden(
+            &awake,
+            "\\x0e\\x00\\x00\\x00\\n\\x83\\x00\\x0bvm-1234abcd\\xac\\x02",
+        );
+        golden(
+            &DialAgent { vm: vm.clone() },
+            "\\x0c\\x00\\x00\\x00\\x0b\\x83\\x00\\x0bvm-1234abcd",
+        );
         let count = Count {
             ticket: 5,
             vm: vm.clone(),
         };
-        golden(&count, "\\r\\x00\\x00\\x00\\x0c\\x83\\x00\\x05\\x0bvm-1234abcd");
+        golden(
+            &count,
+            "\\r\\x00\\x00\\x00\\x0c\\x83\\x00\\x05\\x0bvm-1234abcd",
+        );
         let counters = NetworkCounters {
             frames_out: 1,
             requests: 300,
@@ -315,6 +346,9 @@ mod tests {
             ticket: 5,
             counters: Some(counters),
         };
-        golden(&counted, "\\x0e\\x00\\x00\\x00\\r\\x83\\x00\\x05\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\xac\\x02");
+        golden(
+            &counted,
+            "\\x0e\\x00\\x00\\x00\\r\\x83\\x00\\x05\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\xac\\x02",
+        );
     }
 }
