@@ -72,7 +72,10 @@ async fn ask(stream: &mut UnixStream, port: u16) -> Result<(), DialError> {
     }
     // No byte beyond the answer is read: it would be the connection's.
     let mut body = Vec::new();
-    let read = stream.take(u64::from(length)).read_to_end(&mut body).await?;
+    let read = stream
+        .take(u64::from(length))
+        .read_to_end(&mut body)
+        .await?;
     if u64::try_from(read) != Ok(u64::from(length)) {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }

@@ -22,8 +22,11 @@
 
 mod api;
 pub mod channel;
+mod dial;
 pub mod edge;
 pub mod gateway;
+mod online;
+mod vms;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -64,6 +67,13 @@ pub async fn serve(listen: OwnedFd, api: OwnedFd) -> Result<(), ProxyError> {
     let unix = std::os::unix::net::UnixListener::from(api);
     unix.set_nonblocking(true).map_err(ProxyError::Api)?;
     let unix = UnixListener::from_std(unix).map_err(ProxyError::Api)?;
+    let common = Arc::clone(&shared.common);
+    tokio::spawn(async move {
+        // Read once in any case; without news of changes they are as they were at the start.
+        if let Err(error) = common.follow_host().await {
+            tracing::error!(%error, "the host's own addresses cannot be followed");
+        }
+    });
     tokio::select! {
         () = api::control::accept(control, Arc::clone(&shared)) => Ok(()),
         () = api::listen::accept_unix(unix, shared) => Ok(()),

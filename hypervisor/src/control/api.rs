@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocol::host::channel::ChannelError;
-use protocol::host::proxy::{
-    ApiAbandoned, ApiReply, ApiRequest, EdgeRequest, Serve, Serving,
-};
+use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, EdgeRequest, Serve, Serving};
 use protocol::{ErrorBody, ErrorCode, Frame, Kind, decode};
 use proxy::channel::Channel;
 use tokio::task::AbortHandle;

@@ -408,10 +408,7 @@ mod tests {
                 rules,
                 ..Egress::default()
             };
-            let create = CreateVm {
-                egress,
-                ..create()
-            };
+            let create = CreateVm { egress, ..create() };
             Wanted::check(create, &Settings::default())
         };
         let kept = with(vec![good.clone(); MAX_RULES]).unwrap();

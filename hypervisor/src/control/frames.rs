@@ -82,6 +82,8 @@ struct Line {
     /// What proxy has; not known before it has said so.
     attached: Option<BTreeMap<VmId, u64>>,
     listed: BTreeMap<VmId, u64>,
+    /// Channels that failed before all was listed.
+    lost: BTreeSet<VmId>,
     /// What may differ.
     open: BTreeSet<VmId>,
     /// What is being brought in accord right now.
@@ -214,6 +216,7 @@ impl Frames {
                 channel: channel.clone(),
                 attached: None,
                 listed: BTreeMap::new(),
+                lost: BTreeSet::new(),
                 open: BTreeSet::new(),
                 at: None,
                 counting: HashMap::new(),
@@ -234,7 +237,9 @@ impl Frames {
     }
 
     fn say_done(&self) {
-        self.0.done.send_modify(|count| *count = count.wrapping_add(1));
+        self.0
+            .done
+            .send_modify(|count| *count = count.wrapping_add(1));
     }
 }
 
@@ -284,7 +289,11 @@ pub(crate) struct LineGuard {
 impl Drop for LineGuard {
     fn drop(&mut self) {
         let mut state = self.frames.state();
-        if state.line.as_ref().is_some_and(|line| line.number == self.number) {
+        if state
+            .line
+            .as_ref()
+            .is_some_and(|line| line.number == self.number)
+        {
             state.line = None;
         }
         drop(state);
@@ -306,8 +315,9 @@ impl LineGuard {
             match last.filter(|_| page.more) {
                 Some(last) => Some((line.channel.clone(), last)),
                 None => {
-                    let attached = std::mem::take(&mut line.listed);
+                    let mut attached = std::mem::take(&mut line.listed);
                     line.open.extend(attached.keys().cloned());
+                    attached.retain(|vm, _| !line.lost.contains(vm));
                     line.open.extend(machines.keys().cloned());
                     line.attached = Some(attached);
                     None
@@ -359,8 +369,9 @@ impl LineGuard {
             let mut state = frames.state();
             let line = state.line.as_mut().filter(|line| line.number == number);
             let Some(line) = line else { return };
-            if let Some(attached) = &mut line.attached {
-                attached.remove(&lost.vm);
+            match &mut line.attached {
+                Some(attached) => drop(attached.remove(&lost.vm)),
+                None => drop(line.lost.insert(lost.vm.clone())),
             }
             line.open.insert(lost.vm);
             drop(state);

@@ -12,7 +12,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use protocol::agent::AGENT_PORT;
 use protocol::host::channel::{ChannelError, Packet};
 use protocol::host::supervisor::Run;
-use protocol::host::vmm::{AttachFrames, Connect, Connected, Identify, Identity, NotConnected, SwitchOff};
+use protocol::host::vmm::{
+    AttachFrames, Connect, Connected, Identify, Identity, NotConnected, SwitchOff,
+};
 use protocol::message::MessageError;
 use protocol::{Kind, decode};
 use proxy::channel::Channel;

@@ -144,10 +144,7 @@ mod tests {
         std::fs::write(&other, text).unwrap();
         std::fs::rename(&other, &path).unwrap();
         servers.changed().await.unwrap();
-        assert_eq!(
-            texts(&servers.now()),
-            ["192.0.2.53:53", "[2001:db8::1]:53"]
-        );
+        assert_eq!(texts(&servers.now()), ["192.0.2.53:53", "[2001:db8::1]:53"]);
         std::fs::remove_file(&path).unwrap();
         servers.changed().await.unwrap();
         assert_eq!(texts(&servers.now()), PUBLIC);

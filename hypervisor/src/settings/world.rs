@@ -158,7 +158,10 @@ impl<'de> Deserialize<'de> for Ports {
     /// A number, or the first and the last as text.
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged, expecting = "ports are a number such as 443 or a text such as \"80-443\"")]
+        #[serde(
+            untagged,
+            expecting = "ports are a number such as 443 or a text such as \"80-443\""
+        )]
         enum Form {
             One(u16),
             Text(String),
@@ -270,7 +273,12 @@ mod tests {
         let rules: Vec<String> = gateway
             .rules
             .iter()
-            .map(|rule| format!("{:?} {} {:?} {:?}", rule.action, rule.to, rule.protocol, rule.ports))
+            .map(|rule| {
+                format!(
+                    "{:?} {} {:?} {:?}",
+                    rule.action, rule.to, rule.protocol, rule.ports
+                )
+            })
             .collect();
         assert_eq!(
             rules,
@@ -295,7 +303,10 @@ mod tests {
             (&rule("to = \"*\"\nports = \"443-80\""), "`443-80`"),
             (&rule("to = \"*\"\nports = 70000"), "ports are a number"),
             (&rule("to = \"*\"\nprotocol = \"sctp\""), "sctp"),
-            (&rule("to = \"*\"\nprotocol = \"icmp\"\nports = 1"), "ICMP has none"),
+            (
+                &rule("to = \"*\"\nprotocol = \"icmp\"\nports = 1"),
+                "ICMP has none",
+            ),
             ("[[gateway.rules]]\naction = \"allow\"", "to"),
             (&many, "129 rules are too many"),
         ] {

@@ -5,12 +5,16 @@ use std::sync::Arc;
 
 use protocol::Message;
 use protocol::host::channel::{ChannelError, Packet};
-use protocol::host::proxy::{ApiReply, Serve};
+use protocol::host::proxy::{
+    ApiReply, AttachVm, Count, Counted, DetachVm, ListAttached, Serve, Serving, UpdateVm,
+};
 
 use super::Shared;
 use super::desk::Outgoing;
 use super::listen::{Listening, log_accept};
+use super::tls::server_config;
 use crate::channel::{Channel, ChannelListener};
+use crate::online::connect_to_world;
 
 /// Accepts controls for ever; the newest replaces the one before.
 pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
@@ -29,6 +33,7 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
             task.abort();
         }
         let incarnation = shared.desk.connected();
+        shared.vms.connected();
         tracing::info!(incarnation, "control connected");
         let shared = Arc::clone(&shared);
         let listening = Arc::clone(&listening);
@@ -36,6 +41,7 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
             let result = tokio::select! {
                 result = receive(&channel, &shared, &listening) => result,
                 result = send(&channel, &shared, incarnation) => result,
+                result = report(&channel, &shared) => result,
             };
             match result {
                 Ok(()) => tracing::info!(incarnation, "control left"),
@@ -55,12 +61,35 @@ async fn receive(
         match frame.kind {
             Serve::KIND => {
                 let serve: Serve = protocol::decode(&frame)?;
-                let serving = listening.lock().await.apply(&serve, shared).await;
-                channel.send(&serving, &[]).await?;
+                let mut listening = listening.lock().await;
+                channel
+                    .send(&apply(serve, &mut listening, shared).await, &[])
+                    .await?;
             }
             ApiReply::KIND => {
                 let reply: ApiReply = protocol::decode(&frame)?;
                 shared.desk.answered(reply, descriptors);
+            }
+            AttachVm::KIND => {
+                let attach: AttachVm = protocol::decode(&frame)?;
+                match descriptors.into_iter().next() {
+                    Some(frames) => {
+                        let vm = shared.vms.attach(attach, frames);
+                        connect_to_world(&shared.vms, vm, &shared.common);
+                    }
+                    None => tracing::error!(vm = %attach.vm, "attached without a frame channel"),
+                }
+            }
+            UpdateVm::KIND => shared.vms.update(protocol::decode(&frame)?),
+            DetachVm::KIND => shared.vms.detach(&protocol::decode(&frame)?),
+            ListAttached::KIND => {
+                let ListAttached { after } = protocol::decode(&frame)?;
+                channel.send(&shared.vms.list(after.as_ref()), &[]).await?;
+            }
+            Count::KIND => {
+                let Count { ticket, vm } = protocol::decode(&frame)?;
+                let counters = shared.vms.get(&vm).map(|vm| vm.counters());
+                channel.send(&Counted { ticket, counters }, &[]).await?;
             }
             // A newer control may say more than this proxy knows.
             kind => tracing::warn!(%kind, "message from control ignored"),
@@ -69,10 +98,48 @@ async fn receive(
     Ok(())
 }
 
+/// Serves what control says: the API, the edge, the VMs' way out.
+async fn apply(serve: Serve, listening: &mut Listening, shared: &Arc<Shared>) -> Serving {
+    let mut serving = listening.apply(&serve, shared).await;
+    let mut complaints = vec![std::mem::take(&mut serving.message)];
+    if !serve.edge.https_address.is_empty() {
+        match server_config(&serve.certificates, &serve.key) {
+            Ok(config) => shared.edge.set_tls(config),
+            Err(error) => complaints.push(format!("the edge's certificate: {error}")),
+        }
+    }
+    let edge = shared.edge.apply(&serve.edge).await;
+    if edge.message.is_empty() {
+        tracing::info!(
+            https = edge.https_address,
+            http = edge.http_address,
+            "serving VMs"
+        );
+    } else {
+        tracing::error!(message = edge.message, "not serving VMs as asked");
+    }
+    serving.https_address = edge.https_address;
+    serving.http_address = edge.http_address;
+    complaints.push(edge.message);
+    complaints.retain(|complaint| !complaint.is_empty());
+    serving.message = complaints.join("; ");
+    shared.common.set(serve.gateway);
+    serving
+}
+
+/// Tells which frame channels were lost.
+async fn report(channel: &Channel, shared: &Shared) -> Result<(), ChannelError> {
+    loop {
+        let lost = shared.vms.next_lost().await;
+        channel.send(&lost, &[]).await?;
+    }
+}
+
 async fn send(channel: &Channel, shared: &Shared, incarnation: u64) -> Result<(), ChannelError> {
     while let Some(outgoing) = shared.desk.next(incarnation).await {
         match outgoing {
             Outgoing::Request(request) => channel.send(&*request, &[]).await?,
+            Outgoing::Edge(request) => channel.send(&*request, &[]).await?,
             Outgoing::Abandoned(abandoned) => channel.send(&abandoned, &[]).await?,
         }
     }
