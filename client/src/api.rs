@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use protocol::hello::Limits;
 use protocol::id::{IdempotencyKey, VmId};
-use protocol::network::{Egress, Publication};
+use protocol::network::{Egress, GetNetwork, NetworkInfo, Publication, SetNetwork};
 use protocol::vm::{
     Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, ReadConsole, StartVm, StopVm, VmInfo,
     VmPage, VmRef,
@@ -138,6 +138,43 @@ impl Client {
     pub async fn console(&self, vm: VmRef) -> Result<Vec<u8>, ClientError> {
         let console: Console = self.request(&ReadConsole { vm }).await?;
         Ok(console.bytes)
+    }
+
+    /// How a VM is connected, and what was counted.
+    pub async fn network(&self, vm: VmRef) -> Result<NetworkInfo, ClientError> {
+        self.request(&GetNetwork { vm }).await
+    }
+
+    /// Changes how a VM is connected, at once and for good; none leaves that half as it is.
+    /// Connections that are open go on, also where a rule would refuse them now; `offline` ends
+    /// them.
+    ///
+    /// ```no_run
+    /// # async fn example(client: client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use client::protocol::network::{Egress, RuleAction};
+    /// let egress = Egress {
+    ///     rules: vec![
+    ///         client::parse_rule(RuleAction::Allow, "*.example.org:443/tcp")?,
+    ///         client::parse_rule(RuleAction::Deny, "*")?,
+    ///     ],
+    ///     ..Egress::default()
+    /// };
+    /// client.set_network("web".parse()?, Some(egress), None).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn set_network(
+        &self,
+        vm: VmRef,
+        egress: Option<Egress>,
+        publication: Option<Publication>,
+    ) -> Result<NetworkInfo, ClientError> {
+        let request = SetNetwork {
+            vm,
+            egress,
+            publication,
+        };
+        self.request(&request).await
     }
 
     /// Deletes a VM and waits until nothing of it is left.

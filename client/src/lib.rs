@@ -48,6 +48,7 @@ pub mod file;
 mod follow;
 mod frames;
 mod link;
+mod network;
 mod output;
 #[cfg(feature = "patch")]
 pub mod patch;
@@ -65,6 +66,7 @@ pub use endpoint::{Endpoint, EndpointError};
 pub use error::{ClientError, Side};
 pub use exec::{Execution, Input};
 pub use follow::Follow;
+pub use network::{RuleError, parse_rule, rule_text, url_token_hash};
 pub use output::{Output, ReadFrom, Record, Utf8Decoder};
 pub use process::Process;
 pub use protocol;

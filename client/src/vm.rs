@@ -3,6 +3,7 @@
 
 use protocol::Message;
 use protocol::agent::{Dial, Dialed, Health, HealthReport};
+use protocol::network::{Egress, NetworkInfo, Publication};
 use protocol::vm::{OpenVm, Opened, VmInfo, VmRef};
 
 use crate::agent::{AgentStream, Replies, Requests};
@@ -63,6 +64,21 @@ impl Vm {
     /// What the appliance knows of it.
     pub async fn info(&self) -> Result<VmInfo, ClientError> {
         self.client.get(self.vm.clone()).await
+    }
+
+    /// How it is connected: [`Client::network`].
+    pub async fn network(&self) -> Result<NetworkInfo, ClientError> {
+        self.client.network(self.vm.clone()).await
+    }
+
+    /// Changes that: [`Client::set_network`].
+    pub async fn set_network(
+        &self,
+        egress: Option<Egress>,
+        publication: Option<Publication>,
+    ) -> Result<NetworkInfo, ClientError> {
+        let vm = self.vm.clone();
+        self.client.set_network(vm, egress, publication).await
     }
 
     /// How the machine does: load, memory, disk.

@@ -26,6 +26,7 @@ pub use process::{Execution, Follow, Input, Process};
 
 use protocol::hello::Limits;
 use protocol::id::VmId;
+use protocol::network::{Egress, NetworkInfo, Publication};
 use protocol::vm::{CreateVm, VmInfo, VmPage, VmRef};
 
 use crate::{ClientError, Endpoint, Trust};
@@ -86,6 +87,8 @@ impl Client {
         fn list(&self) -> Vec<VmInfo>;
         fn stop(&self, vm: VmRef, deadline_ms: Option<u32>) -> VmInfo;
         fn start(&self, vm: VmRef) -> VmInfo;
+        fn network(&self, vm: VmRef) -> NetworkInfo;
+        fn set_network(&self, vm: VmRef, egress: Option<Egress>, publication: Option<Publication>) -> NetworkInfo;
         fn delete(&self, vm: VmRef) -> ();
     }
 

@@ -128,6 +128,7 @@ fn prepare(arguments: &Serve) -> io::Result<PathBuf> {
     let nothing = Path::new("/dev/null");
     let text = format!(
         "api = {{ listen = \"{}\" }}\n\
+         edge = {{ listen = \"127.0.0.1:0\", http = \"127.0.0.1:0\" }}\n\
          guest = {{ kernel = {nothing:?}, initramfs = {nothing:?}, kvm = {nothing:?} }}\n\
          tokens = [{{ owner = \"native\", blake3 = \"{hash}\" }}]\n",
         arguments.listen

@@ -2,26 +2,31 @@
 //! proxy that dies is connected to again; requests whose client has gone are no longer waited for.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocol::host::channel::ChannelError;
-use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, Serve, Serving};
+use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, EdgeRequest, Serve, Serving};
 use protocol::{ErrorBody, ErrorCode, Frame, Kind, decode};
 use proxy::channel::Channel;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::addresses::{AddressNews, host_addresses};
+use super::frames::LineGuard;
 use super::keys::{Authority, KeyError, LEAF_RENEWAL};
+use super::name_servers::{NameServers, RESOLV_CONF};
 use super::requests::{Answer, Requests};
 use super::vm::internal;
 
 /// Requests that may be answered at once.
 const MAX_REQUESTS: usize = 1024;
+
+/// The same of the edge. They have room of their own, so that a flood there leaves the API its own.
+const MAX_EDGE_REQUESTS: usize = 256;
 
 /// Shortest and longest wait before connecting again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -43,12 +48,50 @@ enum LineError {
     Key(#[from] KeyError),
     #[error("cannot follow the host's addresses: {0}")]
     Addresses(std::io::Error),
+    #[error("cannot follow the host's name servers: {0}")]
+    NameServers(std::io::Error),
 }
 
-/// Requests being answered, by proxy's ticket.
-type Tasks = Arc<Mutex<HashMap<u64, AbortHandle>>>;
+/// Requests being answered, by proxy's ticket; those of the edge apart.
+#[derive(Default)]
+struct Answering {
+    api: HashMap<u64, AbortHandle>,
+    edge: HashMap<u64, AbortHandle>,
+}
 
-fn lock(tasks: &Tasks) -> MutexGuard<'_, HashMap<u64, AbortHandle>> {
+impl Answering {
+    /// Those of the same kind, and how many of them there may be.
+    fn of(&mut self, asked: &Asked) -> (&mut HashMap<u64, AbortHandle>, usize) {
+        match asked {
+            Asked::Api(_) => (&mut self.api, MAX_REQUESTS),
+            Asked::Edge(_) => (&mut self.edge, MAX_EDGE_REQUESTS),
+        }
+    }
+
+    fn remove(&mut self, ticket: u64) -> Option<AbortHandle> {
+        let api = self.api.remove(&ticket);
+        api.or_else(|| self.edge.remove(&ticket))
+    }
+}
+
+/// A request of a client or of the edge.
+enum Asked {
+    Api(ApiRequest),
+    Edge(EdgeRequest),
+}
+
+impl Asked {
+    fn ticket(&self) -> u64 {
+        match self {
+            Self::Api(request) => request.ticket,
+            Self::Edge(request) => request.ticket,
+        }
+    }
+}
+
+type Tasks = Arc<Mutex<Answering>>;
+
+fn lock(tasks: &Tasks) -> MutexGuard<'_, Answering> {
     tasks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -76,14 +119,19 @@ impl Api {
         let tasks = Tasks::default();
         let _abort = AbortAll(tasks.clone());
         let news = AddressNews::listen().map_err(LineError::Addresses)?;
+        let named = NameServers::follow(Path::new(RESOLV_CONF));
+        let mut name_servers = named.now();
         let mut addresses = host_addresses();
-        self.serve(&channel, &addresses).await?;
+        self.serve(&channel, &addresses, &name_servers).await?;
+        let frames = self.requests.host.frames.begin(&channel).await?;
+        let syncing = frames.sync(&channel);
+        tokio::pin!(syncing);
         let mut renewal = Instant::now() + LEAF_RENEWAL;
         loop {
             let packet = tokio::select! {
                 packet = channel.receive() => packet?,
                 () = sleep_until(renewal) => {
-                    self.serve(&channel, &addresses).await?;
+                    self.serve(&channel, &addresses, &name_servers).await?;
                     renewal = Instant::now() + LEAF_RENEWAL;
                     continue;
                 }
@@ -94,21 +142,37 @@ impl Api {
                         // A client that comes by an address finds it in the certificate.
                         tracing::info!(addresses = now.len(), "addresses changed; a new certificate");
                         addresses = now;
-                        self.serve(&channel, &addresses).await?;
+                        self.serve(&channel, &addresses, &name_servers).await?;
                     }
                     continue;
                 }
+                heard = named.changed() => {
+                    heard.map_err(LineError::NameServers)?;
+                    let now = named.now();
+                    if now != name_servers {
+                        tracing::info!(name_servers = ?now, "the host's name servers changed");
+                        name_servers = now;
+                        self.serve(&channel, &addresses, &name_servers).await?;
+                    }
+                    continue;
+                }
+                error = &mut syncing => return Err(error.into()),
             };
             let Some(packet) = packet else {
                 return Ok(());
             };
-            if let Err(error) = self.take(&packet.frame, &channel, &tasks).await {
+            if let Err(error) = self.take(&packet.frame, &channel, &frames, &tasks).await {
                 tracing::warn!(kind = %packet.frame.kind, %error, "message from proxy ignored");
             }
         }
     }
 
-    async fn serve(&self, channel: &Channel, addresses: &[IpAddr]) -> Result<(), LineError> {
+    async fn serve(
+        &self,
+        channel: &Channel,
+        addresses: &[IpAddr],
+        name_servers: &[SocketAddr],
+    ) -> Result<(), LineError> {
         let settings = &self.requests.host.settings;
         let leaf = self.authority.leaf(&settings.domain, addresses)?;
         let address = settings.api.listen;
@@ -118,8 +182,10 @@ impl Api {
             key: leaf.key,
             max_streams: settings.api.max_streams,
             max_connections: settings.api.max_connections,
-            edge: protocol::host::proxy::ServeEdge::default(),
-            gateway: protocol::host::proxy::ServeGateway::default(),
+            edge: settings
+                .edge
+                .serve(settings.domain.as_str(), settings.public_port.get()),
+            gateway: settings.gateway.serve(name_servers),
         };
         channel.send(&serve, &[]).await?;
         Ok(())
@@ -129,24 +195,39 @@ impl Api {
         &self,
         frame: &Frame,
         channel: &Arc<Channel>,
+        frames: &LineGuard,
         tasks: &Tasks,
-    ) -> Result<(), protocol::message::MessageError> {
+    ) -> Result<(), ChannelError> {
         match frame.kind {
             Kind::SERVING => {
                 let serving: Serving = decode(frame)?;
                 if serving.message.is_empty() {
-                    tracing::info!(address = serving.api_address, "the API is served");
+                    tracing::info!(
+                        address = serving.api_address,
+                        https = serving.https_address,
+                        http = serving.http_address,
+                        "the API is served"
+                    );
                 } else {
-                    tracing::error!(message = serving.message, "the API is not served over TLS");
+                    tracing::error!(
+                        message = serving.message,
+                        address = serving.api_address,
+                        https = serving.https_address,
+                        http = serving.http_address,
+                        "not everything is served"
+                    );
                 }
             }
             Kind::API_REQUEST => {
-                let request: ApiRequest = decode(frame)?;
-                self.begin(request, channel, tasks);
+                self.begin(Asked::Api(decode(frame)?), channel, tasks);
             }
+            Kind::EDGE_REQUEST => self.begin(Asked::Edge(decode(frame)?), channel, tasks),
+            Kind::ATTACHED => frames.listed(decode(frame)?).await?,
+            Kind::COUNTED => frames.counted(decode(frame)?),
+            Kind::FRAMES_LOST => frames.lost(decode(frame)?),
             Kind::API_ABANDONED => {
                 let ApiAbandoned { ticket } = decode(frame)?;
-                if let Some(task) = lock(tasks).remove(&ticket) {
+                if let Some(task) = lock(tasks).remove(ticket) {
                     task.abort();
                 }
             }
@@ -156,23 +237,27 @@ impl Api {
     }
 
     /// Answers a request in a task of its own; a panic there is this request's alone.
-    fn begin(&self, request: ApiRequest, channel: &Arc<Channel>, tasks: &Tasks) {
-        let ticket = request.ticket;
+    fn begin(&self, asked: Asked, channel: &Arc<Channel>, tasks: &Tasks) {
+        let ticket = asked.ticket();
         let mut guard = lock(tasks);
-        let full = guard.len() >= MAX_REQUESTS;
+        let (same, most) = guard.of(&asked);
+        let full = same.len() >= most;
         let requests = self.requests.clone();
         let answer = tokio::spawn(async move {
             if full {
                 let error = ErrorBody::host(
                     ErrorCode::Unavailable,
-                    format!("{MAX_REQUESTS} requests are being answered; try again"),
+                    format!("{most} requests are being answered; try again"),
                 );
                 return Answer::error(&error.retryable_after_ms(500));
             }
-            requests.answer(&request).await
+            match &asked {
+                Asked::Api(request) => requests.answer(request).await,
+                Asked::Edge(request) => requests.answer_edge(request).await,
+            }
         });
         if !full {
-            guard.insert(ticket, answer.abort_handle());
+            same.insert(ticket, answer.abort_handle());
         }
         drop(guard);
         let (channel, tasks) = (channel.clone(), tasks.clone());
@@ -188,7 +273,7 @@ impl Api {
                 }
             };
             if !full {
-                lock(&tasks).remove(&ticket);
+                lock(&tasks).remove(ticket);
             }
             send(&channel, ticket, answer).await;
         });
@@ -224,7 +309,9 @@ struct AbortAll(Tasks);
 
 impl Drop for AbortAll {
     fn drop(&mut self) {
-        for (_, task) in lock(&self.0).drain() {
+        let mut tasks = lock(&self.0);
+        let Answering { api, edge } = &mut *tasks;
+        for (_, task) in api.drain().chain(edge.drain()) {
             task.abort();
         }
     }

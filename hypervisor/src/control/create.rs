@@ -2,6 +2,7 @@
 //! that names the field, the value and the limit.
 
 use protocol::id::{IdempotencyKey, TemplateName, VmId, VmName};
+use protocol::network::{Egress, MAX_RULES, Publication, RuleAction, RuleProtocol};
 use protocol::vm::{CreateVm, MAX_ENV, MAX_LABEL_LEN, MAX_LABELS};
 use protocol::{ErrorBody, ErrorCode};
 
@@ -31,6 +32,8 @@ pub(crate) struct Wanted {
     pub(crate) disk_mib: Option<u32>,
     pub(crate) labels: Vec<(String, String)>,
     pub(crate) env: Vec<(String, String)>,
+    pub(crate) egress: Egress,
+    pub(crate) publication: Publication,
 }
 
 /// The same with its template.
@@ -70,6 +73,7 @@ impl Wanted {
         }
         check_labels(&create.labels)?;
         check_env(&create.env)?;
+        check_egress(&create.egress)?;
         Ok(Self {
             key: create.key,
             arguments,
@@ -82,6 +86,8 @@ impl Wanted {
             disk_mib: create.disk_mib,
             labels: create.labels,
             env: create.env,
+            egress: create.egress,
+            publication: create.publication,
         })
     }
 
@@ -173,6 +179,49 @@ fn check_env(env: &[(String, String)]) -> Result<(), ErrorBody> {
     unique("env", env)
 }
 
+/// What a VM may reach, from a create or a later change.
+pub(crate) fn check_egress(egress: &Egress) -> Result<(), ErrorBody> {
+    if egress.rules.len() > MAX_RULES {
+        return Err(invalid(format!(
+            "egress: {} rules are too many; at most {MAX_RULES}",
+            egress.rules.len()
+        )));
+    }
+    for (number, rule) in (1_u32..).zip(&egress.rules) {
+        let (first, last) = rule.ports;
+        if let RuleAction::Other(action) = rule.action {
+            return Err(invalid(format!(
+                "egress: rule {number} has action {action}, which is not known here; give {} to \
+                 allow or {} to deny",
+                RuleAction::Allow.to_wire(),
+                RuleAction::Deny.to_wire()
+            )));
+        }
+        if let RuleProtocol::Other(protocol) = rule.protocol {
+            return Err(invalid(format!(
+                "egress: rule {number} has protocol {protocol}, which is not known here; give {} \
+                 (any), {} (TCP), {} (UDP) or {} (ICMP)",
+                RuleProtocol::Any.to_wire(),
+                RuleProtocol::Tcp.to_wire(),
+                RuleProtocol::Udp.to_wire(),
+                RuleProtocol::Icmp.to_wire()
+            )));
+        }
+        if first > last {
+            return Err(invalid(format!(
+                "egress: rule {number} has ports {first} to {last}; give the lower one first"
+            )));
+        }
+        if rule.protocol == RuleProtocol::Icmp && rule.ports != (0, u16::MAX) {
+            return Err(invalid(format!(
+                "egress: rule {number} has ports {first} to {last}, and ICMP has none; give 0 to {}",
+                u16::MAX
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn unique(field: &str, pairs: &[(String, String)]) -> Result<(), ErrorBody> {
     let mut keys: Vec<&str> = pairs.iter().map(|(key, _)| key.as_str()).collect();
     keys.sort_unstable();
@@ -192,7 +241,7 @@ fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use protocol::network::{Egress, Publication};
+    use protocol::network::Rule;
 
     use super::*;
 
@@ -341,6 +390,63 @@ mod tests {
             ),
         ] {
             let error = Wanted::check(bad, &Settings::default()).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidArgument);
+            assert!(error.message.contains(expected), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_rule_that_cannot_be_kept_is_named_with_what_is_wrong() {
+        let good = Rule {
+            action: RuleAction::Allow,
+            to: "*".parse().unwrap(),
+            protocol: RuleProtocol::Any,
+            ports: (0, u16::MAX),
+        };
+        let with = |rules: Vec<Rule>| {
+            let egress = Egress {
+                rules,
+                ..Egress::default()
+            };
+            let create = CreateVm { egress, ..create() };
+            Wanted::check(create, &Settings::default())
+        };
+        let kept = with(vec![good.clone(); MAX_RULES]).unwrap();
+        assert_eq!(kept.egress.rules.len(), MAX_RULES);
+        let second = |bad: Rule| vec![good.clone(), bad];
+        for (rules, expected) in [
+            (vec![good.clone(); MAX_RULES + 1], "257 rules are too many"),
+            (
+                second(Rule {
+                    action: RuleAction::Other(9),
+                    ..good.clone()
+                }),
+                "rule 2 has action 9",
+            ),
+            (
+                second(Rule {
+                    protocol: RuleProtocol::Other(9),
+                    ..good.clone()
+                }),
+                "rule 2 has protocol 9",
+            ),
+            (
+                second(Rule {
+                    ports: (443, 80),
+                    ..good.clone()
+                }),
+                "ports 443 to 80",
+            ),
+            (
+                second(Rule {
+                    protocol: RuleProtocol::Icmp,
+                    ports: (1, 1),
+                    ..good.clone()
+                }),
+                "ICMP has none",
+            ),
+        ] {
+            let error = with(rules).unwrap_err();
             assert_eq!(error.code, ErrorCode::InvalidArgument);
             assert!(error.message.contains(expected), "{}", error.message);
         }

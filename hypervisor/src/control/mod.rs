@@ -7,8 +7,10 @@ mod agent_client;
 mod api;
 mod capacity;
 mod create;
+mod frames;
 mod keys;
 mod monitor;
+mod name_servers;
 mod registry;
 mod requests;
 mod store;
@@ -33,6 +35,7 @@ use crate::settings::{Settings, SettingsError};
 
 use api::Api;
 use capacity::Capacity;
+use frames::Frames;
 use keys::{Authority, KeyError};
 use registry::{RecoverError, Registry};
 use requests::Requests;
@@ -139,6 +142,7 @@ async fn serve(
         store,
         supervisor: supervisor.clone(),
         capacity: Capacity::new(total),
+        frames: Frames::default(),
         sockets,
         privileged: nix::unistd::geteuid().is_root(),
         going_down: AtomicBool::new(false),

@@ -3,7 +3,7 @@
 //! only.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,7 +12,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use protocol::agent::AGENT_PORT;
 use protocol::host::channel::{ChannelError, Packet};
 use protocol::host::supervisor::Run;
-use protocol::host::vmm::{Connect, Connected, Identify, Identity, NotConnected, SwitchOff};
+use protocol::host::vmm::{
+    AttachFrames, Connect, Connected, Identify, Identity, NotConnected, SwitchOff,
+};
 use protocol::message::MessageError;
 use protocol::{Kind, decode};
 use proxy::channel::Channel;
@@ -149,6 +151,11 @@ impl Monitor {
     pub(crate) async fn lost(&self) {
         let mut reading = self.0.reading.clone();
         while reading.changed().await.is_ok() {}
+    }
+
+    /// Hands over the monitor's end of a frame channel, in the place of the one before.
+    pub(crate) async fn attach_frames(&self, end: BorrowedFd<'_>) -> Result<(), MonitorError> {
+        Ok(self.0.channel.send(&AttachFrames {}, &[end]).await?)
     }
 
     /// Ends the run at once.

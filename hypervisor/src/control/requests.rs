@@ -8,19 +8,21 @@ use std::time::Duration;
 
 use protocol::frame::MAX_BODY;
 use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
-use protocol::host::proxy::ApiRequest;
-use protocol::id::Owner;
+use protocol::host::proxy::{ApiRequest, Awake, DialAgent, EdgeRequest, Wake};
+use protocol::id::{Owner, VmId};
 use protocol::message::{decode_body, encode_body};
+use protocol::network::{GetNetwork, NetworkCounters, NetworkInfo, SetNetwork};
 use protocol::vm::{
     Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_CONSOLE, MAX_REQUEST, OpenVm, Opened,
-    ReadConsole, StartVm, StopVm,
+    ReadConsole, StartVm, StopVm, VmState,
 };
 use protocol::{ErrorBody, ErrorCode, Kind, Message};
 use proxy::Quiet;
 
+use super::create::check_egress;
 use super::registry::Registry;
 use super::tokens::Tokens;
-use super::vm::{Command, Host, View};
+use super::vm::{Command, Host, OpenedStream, View, not_found};
 
 /// How long a stop waits when the request does not say.
 const STOP: Duration = Duration::from_secs(30);
@@ -146,6 +148,29 @@ impl Requests {
                 let bytes = self.host.blocking(read).await?;
                 Answer::of(&Console { bytes })
             }
+            Kind::GET_NETWORK => {
+                let GetNetwork { vm } = decode_body(body)?;
+                let view = self.registry.find(owner, &vm)?.view.borrow().clone();
+                self.network(&view).await
+            }
+            Kind::SET_NETWORK => {
+                let SetNetwork {
+                    vm,
+                    egress,
+                    publication,
+                } = decode_body(body)?;
+                let handle = self.registry.find(owner, &vm)?;
+                if let Some(egress) = &egress {
+                    check_egress(egress)?;
+                }
+                let set = |reply| Command::SetNetwork {
+                    egress,
+                    publication,
+                    reply,
+                };
+                let view = handle.ask(set).await?;
+                self.network(&view).await
+            }
             Kind::OPEN_VM => self.open(owner, &decode_body(body)?).await,
             kind => Err(ErrorBody::caller(
                 ErrorCode::Unsupported,
@@ -155,6 +180,63 @@ impl Requests {
                 ),
             )),
         }
+    }
+
+    /// Answers what the edge asks.
+    pub(crate) async fn answer_edge(&self, request: &EdgeRequest) -> Answer {
+        let answer = match Kind(request.kind) {
+            Kind::WAKE => self.wake(&request.body).await,
+            Kind::DIAL_AGENT => self.dial(&request.body).await,
+            kind => Err(ErrorBody::caller(
+                ErrorCode::Unsupported,
+                format!("the edge asks with kind {kind}, which is not known here"),
+            )),
+        };
+        answer.unwrap_or_else(|error| {
+            log_refusal(Kind(request.kind), &error);
+            Answer::error(&error)
+        })
+    }
+
+    async fn wake(&self, body: &[u8]) -> Result<Answer, ErrorBody> {
+        let Wake { subdomain } = decode_body(body)?;
+        let handle = self.registry.published(&subdomain).ok_or_else(|| {
+            ErrorBody::caller(ErrorCode::VmNotFound, "there is no VM at this address")
+        })?;
+        let view = handle.ask(Command::Wake).await?;
+        let generation = view.record.generation;
+        if !self.host.frames.is_attached(&handle.id, generation) {
+            return Err(ErrorBody::host(
+                ErrorCode::Unavailable,
+                format!("{} runs, but its network could not be connected", handle.id),
+            )
+            .retryable_after_ms(500));
+        }
+        Answer::of(&Awake {
+            vm: handle.id,
+            generation,
+        })
+    }
+
+    async fn dial(&self, body: &[u8]) -> Result<Answer, ErrorBody> {
+        let DialAgent { vm } = decode_body(body)?;
+        let handle = self
+            .registry
+            .get(&vm)
+            .ok_or_else(|| not_found(vm.as_str()))?;
+        opened(handle.id.clone(), handle.ask(Command::Dial).await?)
+    }
+
+    async fn network(&self, view: &View) -> Result<Answer, ErrorBody> {
+        let counters = match view.state {
+            VmState::Running => self.host.frames.count(&view.record.id).await,
+            _ => NetworkCounters::default(),
+        };
+        Answer::of(&NetworkInfo {
+            egress: view.record.egress.clone(),
+            publication: view.record.publication.clone(),
+            counters,
+        })
     }
 
     fn hello(&self, hello: &Hello) -> Result<Answer, ErrorBody> {
@@ -183,12 +265,15 @@ impl Requests {
 
     async fn open(&self, owner: &Owner, open: &OpenVm) -> Result<Answer, ErrorBody> {
         let handle = self.registry.find(owner, &open.vm)?;
-        let opened = handle.ask(Command::Open).await?;
-        let mut answer = Answer::of(&Opened {
-            id: handle.id,
-            generation: opened.generation,
-        })?;
-        answer.stream = Some(opened.stream);
-        Ok(answer)
+        opened(handle.id.clone(), handle.ask(Command::Open).await?)
     }
+}
+
+fn opened(id: VmId, opened: OpenedStream) -> Result<Answer, ErrorBody> {
+    let mut answer = Answer::of(&Opened {
+        id,
+        generation: opened.generation,
+    })?;
+    answer.stream = Some(opened.stream);
+    Ok(answer)
 }

@@ -3,6 +3,7 @@
 
 mod guests;
 mod lifecycle;
+mod network;
 mod panics;
 mod refusals;
 mod restarts;

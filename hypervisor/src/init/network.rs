@@ -1,9 +1,13 @@
 //! The host's links, addresses and routes, set by netlink. What is set comes from the settings or,
-//! already checked and typed, from net; nothing here reads a packet.
+//! already checked and typed, from net; nothing here reads a packet. The name servers that net learned
+//! are written where control finds them as on any host.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 
 use protocol::host::supervisor::Lease;
 
@@ -42,13 +46,21 @@ struct Given {
 pub(crate) struct Links {
     fixed: Fixed,
     given: BTreeMap<u32, Given>,
+    /// By interface.
+    name_servers: BTreeMap<u32, Vec<Ipv4Addr>>,
+    /// Where they are written; none for nowhere.
+    resolv_conf: Option<PathBuf>,
 }
+
+/// Where every host keeps its name servers.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl Links {
     pub(super) fn new(fixed: Fixed) -> Self {
         Self {
             fixed,
-            given: BTreeMap::new(),
+            resolv_conf: Some(RESOLV_CONF.into()),
+            ..Self::default()
         }
     }
 
@@ -81,6 +93,7 @@ impl Links {
 
     /// Sets what net learned.
     pub(crate) fn apply(&mut self, lease: &Lease) {
+        self.note_name_servers(lease);
         let given = lease.address.map(|(address, prefix)| Given {
             address: (Ipv4Addr::from(address), prefix.min(32)),
             gateway: lease.gateway.map(Ipv4Addr::from),
@@ -98,6 +111,28 @@ impl Links {
         });
         if let Err(error) = done {
             tracing::error!(interface = lease.interface, %error, "address not set");
+        }
+    }
+
+    /// Writes down the name servers of all interfaces, those of the lowest first.
+    fn note_name_servers(&mut self, lease: &Lease) {
+        let servers = lease.name_servers.iter().copied().map(Ipv4Addr::from);
+        let servers: Vec<Ipv4Addr> = servers.collect();
+        let before = self
+            .name_servers
+            .insert(lease.interface, servers.clone())
+            .unwrap_or_default();
+        let Some(path) = self.resolv_conf.as_deref().filter(|_| before != servers) else {
+            return;
+        };
+        let mut text = String::new();
+        for server in self.name_servers.values().flatten() {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "nameserver {server}");
+        }
+        match write(path, &text) {
+            Ok(()) => tracing::info!(interface = lease.interface, ?servers, "name servers noted"),
+            Err(error) => tracing::error!(path = %path.display(), %error, "name servers not noted"),
         }
     }
 
@@ -125,5 +160,44 @@ impl Links {
         let gateway = new.gateway.map(|gateway| gateway.to_string());
         tracing::info!(interface = index, %address, prefix, gateway, "address set");
         Ok(())
+    }
+}
+
+/// Whoever reads the file sees the old one or the new one.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let new = path.with_extension("new");
+    fs::write(&new, text)?;
+    fs::rename(&new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_servers_of_all_interfaces_are_written_and_taken_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("etc/resolv.conf");
+        let mut links = Links {
+            resolv_conf: Some(path.clone()),
+            ..Links::default()
+        };
+        let mut lease = |interface, servers: &[[u8; 4]]| {
+            links.note_name_servers(&Lease {
+                interface,
+                address: None,
+                gateway: None,
+                name_servers: servers.to_vec(),
+            });
+            fs::read_to_string(&path).unwrap()
+        };
+        let one = "nameserver 192.0.2.2\nnameserver 192.0.2.3\n";
+        assert_eq!(lease(3, &[[192, 0, 2, 2], [192, 0, 2, 3]]), one);
+        let both = format!("nameserver 10.0.0.1\n{one}");
+        assert_eq!(lease(2, &[[10, 0, 0, 1]]), both);
+        assert_eq!(lease(3, &[]), "nameserver 10.0.0.1\n");
     }
 }

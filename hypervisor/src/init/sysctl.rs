@@ -18,6 +18,8 @@ const SETTINGS: &[(&str, &str)] = &[
     // The host forwards nothing: proxy does, in user space.
     ("net/ipv4/ip_forward", "0"),
     ("net/core/somaxconn", "4096"),
+    // Proxy's group may send ICMP echo requests, and nothing else raw.
+    ("net/ipv4/ping_group_range", "190001 190001"),
 ];
 
 /// Lets monitors have guest memory, which is a memory file, in pages of 2 MiB: fewer faults while a

@@ -3,6 +3,7 @@
 //! where it stands. Nothing here is secret: of a token only its hash is kept.
 
 mod values;
+mod world;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use protocol::id::{Owner, TemplateName};
 use serde::{Deserialize, Deserializer};
 
 pub use values::{Domain, Ipv4Network, Port};
+pub use world::{Edge, Gateway};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +55,10 @@ pub struct Settings {
     pub default_template: DefaultTemplate,
     /// Where and for how many the API is served.
     pub api: Api,
+    /// Where VMs have their public addresses.
+    pub edge: Edge,
+    /// By what and under which rules VMs reach the world.
+    pub gateway: Gateway,
     /// Who may use the API.
     pub tokens: Vec<Token>,
     /// How VMs come up.

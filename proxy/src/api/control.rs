@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use protocol::Message;
 use protocol::host::channel::{ChannelError, Packet};
-use protocol::host::proxy::{ApiReply, Serve};
+use protocol::host::proxy::{
+    ApiReply, AttachVm, Count, Counted, DetachVm, ListAttached, Serve, UpdateVm,
+};
 
 use super::Shared;
 use super::desk::Outgoing;
@@ -29,6 +31,7 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
             task.abort();
         }
         let incarnation = shared.desk.connected();
+        shared.vms.connected();
         tracing::info!(incarnation, "control connected");
         let shared = Arc::clone(&shared);
         let listening = Arc::clone(&listening);
@@ -36,6 +39,7 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
             let result = tokio::select! {
                 result = receive(&channel, &shared, &listening) => result,
                 result = send(&channel, &shared, incarnation) => result,
+                result = report(&channel, &shared) => result,
             };
             match result {
                 Ok(()) => tracing::info!(incarnation, "control left"),
@@ -55,12 +59,31 @@ async fn receive(
         match frame.kind {
             Serve::KIND => {
                 let serve: Serve = protocol::decode(&frame)?;
+                shared.vms.set_gateway(serve.gateway.clone());
                 let serving = listening.lock().await.apply(&serve, shared).await;
                 channel.send(&serving, &[]).await?;
             }
             ApiReply::KIND => {
                 let reply: ApiReply = protocol::decode(&frame)?;
                 shared.desk.answered(reply, descriptors);
+            }
+            AttachVm::KIND => {
+                let attach: AttachVm = protocol::decode(&frame)?;
+                match descriptors.into_iter().next() {
+                    Some(frames) => shared.vms.attach(attach, frames),
+                    None => tracing::error!(vm = %attach.vm, "attached without a frame channel"),
+                }
+            }
+            UpdateVm::KIND => shared.vms.update(protocol::decode(&frame)?),
+            DetachVm::KIND => shared.vms.detach(&protocol::decode(&frame)?),
+            ListAttached::KIND => {
+                let ListAttached { after } = protocol::decode(&frame)?;
+                channel.send(&shared.vms.list(after.as_ref()), &[]).await?;
+            }
+            Count::KIND => {
+                let Count { ticket, vm } = protocol::decode(&frame)?;
+                let counters = shared.vms.get(&vm).map(|vm| vm.counters());
+                channel.send(&Counted { ticket, counters }, &[]).await?;
             }
             // A newer control may say more than this proxy knows.
             kind => tracing::warn!(%kind, "message from control ignored"),
@@ -69,10 +92,19 @@ async fn receive(
     Ok(())
 }
 
+/// Tells which frame channels were lost.
+async fn report(channel: &Channel, shared: &Shared) -> Result<(), ChannelError> {
+    loop {
+        let lost = shared.vms.next_lost().await;
+        channel.send(&lost, &[]).await?;
+    }
+}
+
 async fn send(channel: &Channel, shared: &Shared, incarnation: u64) -> Result<(), ChannelError> {
     while let Some(outgoing) = shared.desk.next(incarnation).await {
         match outgoing {
             Outgoing::Request(request) => channel.send(&*request, &[]).await?,
+            Outgoing::Edge(request) => channel.send(&*request, &[]).await?,
             Outgoing::Abandoned(abandoned) => channel.send(&abandoned, &[]).await?,
         }
     }

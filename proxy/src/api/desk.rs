@@ -1,4 +1,4 @@
-//! Where clients' requests wait for control and its answers find their way back. It survives
+//! Where clients' requests, and those of the edge, wait for control and its answers find their way back. It survives
 //! control: what was in flight when one died goes to the next, unless doing it twice could show.
 //! It must never hold more than [`MAX_PENDING`] requests, nor one without an end.
 
@@ -7,8 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest};
-use protocol::{ErrorBody, ErrorCode, Frame, Kind};
+use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, EdgeRequest};
+use protocol::message::encode_body;
+use protocol::{ErrorBody, ErrorCode, Frame, Kind, Message};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 /// Most requests that wait for an answer, over all clients. At [`protocol::vm::MAX_REQUEST`] bytes
@@ -21,6 +22,10 @@ const MAX_PER_TOKEN: usize = MAX_PENDING / 2;
 /// Most `Hello`s that wait for an answer. They have room of their own: whoever fills the other one
 /// keeps nobody from being let in.
 const MAX_GREETINGS: usize = 128;
+
+/// Most requests of the edge that wait for an answer. Visitors of public addresses and clients of the
+/// API cannot take each other's room.
+const MAX_EDGE: usize = 256;
 
 /// How long a request waits while there is no control to send it to.
 const WITHOUT_CONTROL: Duration = Duration::from_secs(15);
@@ -39,7 +44,31 @@ pub(crate) struct Answer {
 #[derive(Debug)]
 pub(crate) enum Outgoing {
     Request(Arc<ApiRequest>),
+    Edge(Arc<EdgeRequest>),
     Abandoned(ApiAbandoned),
+}
+
+/// A request, and where it came from.
+#[derive(Clone, Debug)]
+enum Request {
+    Api(Arc<ApiRequest>),
+    Edge(Arc<EdgeRequest>),
+}
+
+impl Request {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Api(request) => Kind(request.kind),
+            Self::Edge(request) => Kind(request.kind),
+        }
+    }
+
+    fn has_token(&self, token: &str) -> bool {
+        match self {
+            Self::Api(request) => request.token == token,
+            Self::Edge(_) => false,
+        }
+    }
 }
 
 /// See the module.
@@ -52,6 +81,7 @@ pub(crate) struct Desk {
     control: watch::Sender<bool>,
     room: Arc<Semaphore>,
     greetings: Arc<Semaphore>,
+    edge: Arc<Semaphore>,
     without_control: Duration,
 }
 
@@ -66,7 +96,7 @@ struct State {
 
 #[derive(Debug)]
 struct Pending {
-    request: Arc<ApiRequest>,
+    request: Request,
     answer: oneshot::Sender<Result<Answer, ErrorBody>>,
     /// Sent to the current control.
     sent: bool,
@@ -96,6 +126,7 @@ impl Desk {
             control: watch::Sender::new(false),
             room: Arc::new(Semaphore::new(MAX_PENDING)),
             greetings: Arc::new(Semaphore::new(MAX_GREETINGS)),
+            edge: Arc::new(Semaphore::new(MAX_EDGE)),
             without_control,
         }
     }
@@ -121,8 +152,42 @@ impl Desk {
                 "this token has as many requests under way as it may have; wait for one to end",
             ));
         }
+        let request = |ticket| {
+            Request::Api(Arc::new(ApiRequest {
+                ticket,
+                token,
+                kind: kind.0,
+                body,
+            }))
+        };
+        self.wait(request, room).await
+    }
+
+    /// Puts a question of the edge to control, likewise.
+    pub(crate) async fn ask_edge<Q: Message>(&self, question: &Q) -> Result<Answer, ErrorBody> {
+        let body = encode_body(question)?;
+        let Ok(room) = Arc::clone(&self.edge).try_acquire_owned() else {
+            return Err(unavailable(
+                "the appliance starts as many VMs as it can at once; try again shortly",
+            ));
+        };
+        let request = |ticket| {
+            Request::Edge(Arc::new(EdgeRequest {
+                ticket,
+                kind: Q::KIND.0,
+                body,
+            }))
+        };
+        self.wait(request, room).await
+    }
+
+    async fn wait(
+        &self,
+        request: impl FnOnce(u64) -> Request,
+        room: OwnedSemaphorePermit,
+    ) -> Result<Answer, ErrorBody> {
         let (answer, mut answered) = oneshot::channel();
-        let ticket = self.submit(token, kind, body, answer, room);
+        let ticket = self.submit(request, answer, room);
         let _abandon = AbandonOnDrop { desk: self, ticket };
         let mut control = self.control.subscribe();
         loop {
@@ -152,7 +217,7 @@ impl Desk {
     /// How many requests with this token wait for an answer.
     fn share(&self, token: &str) -> usize {
         let state = self.lock();
-        let same = |pending: &&Pending| pending.request.token == token;
+        let same = |pending: &&Pending| pending.request.has_token(token);
         state.pending.values().filter(same).count()
     }
 
@@ -200,7 +265,10 @@ impl Desk {
                             };
                             pending.sent = true;
                             pending.sends = pending.sends.saturating_add(1);
-                            return Some(Outgoing::Request(Arc::clone(&pending.request)));
+                            return Some(match pending.request.clone() {
+                                Request::Api(request) => Outgoing::Request(request),
+                                Request::Edge(request) => Outgoing::Edge(request),
+                            });
                         }
                         Outbox::Abandoned(ticket, _) => {
                             return Some(Outgoing::Abandoned(ApiAbandoned { ticket }));
@@ -240,21 +308,14 @@ impl Desk {
 
     fn submit(
         &self,
-        token: String,
-        kind: Kind,
-        body: Vec<u8>,
+        request: impl FnOnce(u64) -> Request,
         answer: oneshot::Sender<Result<Answer, ErrorBody>>,
         room: OwnedSemaphorePermit,
     ) -> u64 {
         let mut state = self.lock();
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
-        let request = Arc::new(ApiRequest {
-            ticket,
-            token,
-            kind: kind.0,
-            body,
-        });
+        let request = request(ticket);
         state.pending.insert(
             ticket,
             Pending {
@@ -301,7 +362,7 @@ fn take_back(state: &mut State) {
     for (ticket, mut pending) in std::mem::take(&mut state.pending) {
         let refusal = if !pending.sent {
             None
-        } else if Kind(pending.request.kind) == Kind::DELETE_VM {
+        } else if pending.request.kind() == Kind::DELETE_VM {
             // A second delete of a VM that is gone is answered `VmNotFound`, which only the
             // client, who knows that it asked before, can take for success. Everything else is the
             // same when done twice: a create carries its key, an answered open was not in flight.
@@ -366,6 +427,7 @@ mod tests {
     async fn next_ticket(desk: &Desk, incarnation: u64) -> u64 {
         match desk.next(incarnation).await.unwrap() {
             Outgoing::Request(request) => request.ticket,
+            Outgoing::Edge(request) => request.ticket,
             Outgoing::Abandoned(gone) => panic!("abandoned {}", gone.ticket),
         }
     }
@@ -391,6 +453,28 @@ mod tests {
         assert_eq!(next_ticket(&desk, second).await, ticket);
         answer(&desk, ticket, Kind::VM);
         assert_eq!(asked.await.unwrap().unwrap().frame.kind, Kind::VM);
+    }
+
+    fn visit(desk: &Arc<Desk>) -> tokio::task::JoinHandle<Result<Answer, ErrorBody>> {
+        let desk = Arc::clone(desk);
+        let wake = protocol::host::proxy::Wake {
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+        };
+        tokio::spawn(async move { desk.ask_edge(&wake).await })
+    }
+
+    #[tokio::test]
+    async fn a_visitors_request_in_flight_goes_to_the_next_control() {
+        let desk = Arc::new(Desk::new());
+        let first = desk.connected();
+        let asked = visit(&desk);
+        let ticket = next_ticket(&desk, first).await;
+        desk.disconnected(first);
+        let second = desk.connected();
+        assert_eq!(next_ticket(&desk, second).await, ticket);
+        answer(&desk, ticket, Kind::AWAKE);
+        assert_eq!(asked.await.unwrap().unwrap().frame.kind, Kind::AWAKE);
+        assert_eq!(desk.edge.available_permits(), MAX_EDGE);
     }
 
     #[tokio::test]
@@ -478,6 +562,23 @@ mod tests {
             tokio::task::yield_now().await;
         }
         hello.abort();
+        // Visitors have theirs, whoever fills the other.
+        let visitors: Vec<_> = (0..MAX_EDGE).map(|_| visit(&desk)).collect();
+        while desk.edge.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let error = visit(&desk).await.unwrap().unwrap_err();
+        assert_eq!(error.code, ErrorCode::Unavailable);
+        waiting.iter().for_each(tokio::task::JoinHandle::abort);
+        while desk.room.available_permits() < MAX_PENDING {
+            tokio::task::yield_now().await;
+        }
+        let client = ask(&desk, Kind::GET_VM);
+        while desk.room.available_permits() == MAX_PENDING {
+            tokio::task::yield_now().await;
+        }
+        client.abort();
+        visitors.iter().for_each(tokio::task::JoinHandle::abort);
         waiting.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }

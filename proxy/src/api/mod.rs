@@ -4,7 +4,7 @@
 
 mod connection;
 pub(crate) mod control;
-mod desk;
+pub(crate) mod desk;
 mod gate;
 pub(crate) mod listen;
 pub(crate) mod quiet;
@@ -20,6 +20,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use desk::Desk;
 use strangers::Strangers;
 
+use crate::vms::Vms;
+
 /// Streams of a connection until control has said how many.
 const DEFAULT_STREAMS: u32 = 64;
 
@@ -30,6 +32,7 @@ const DEFAULT_CONNECTIONS: u32 = 256;
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) desk: Arc<Desk>,
+    pub(crate) vms: Arc<Vms>,
     pub(crate) panics: AtomicU64,
     // Counted apart, so that strangers on the network cannot lock out the host's own user.
     tcp_connections: AtomicU32,
@@ -42,8 +45,10 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new() -> Self {
+        let desk = Arc::new(Desk::new());
         Self {
-            desk: Arc::new(Desk::new()),
+            vms: Vms::new(Arc::clone(&desk)),
+            desk,
             panics: AtomicU64::new(0),
             tcp_connections: AtomicU32::new(0),
             unix_connections: AtomicU32::new(0),

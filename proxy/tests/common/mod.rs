@@ -87,6 +87,14 @@ impl Control {
         received.unwrap().expect("proxy closed")
     }
 
+    pub(crate) async fn send<M: Message>(
+        &self,
+        message: &M,
+        descriptors: &[std::os::fd::BorrowedFd<'_>],
+    ) {
+        self.0.send(message, descriptors).await.unwrap();
+    }
+
     pub(crate) async fn request(&self) -> ApiRequest {
         protocol::decode(&self.packet().await.frame).unwrap()
     }

@@ -78,6 +78,8 @@ pub(crate) enum Task {
         /// The VM's id or name
         vm: VmRef,
     },
+    /// Show what a VM may reach and who may reach it, or change that
+    Network(crate::rules::Network),
     /// Lead a port of this machine to a port of a VM, until Ctrl-C
     Forward(Forward),
     /// Delete VMs and their disks
@@ -131,6 +133,8 @@ pub(crate) struct Create {
     /// An environment variable for every process in the VM
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) env: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) connected: crate::rules::Connected,
 }
 
 #[derive(Debug, Args)]

@@ -9,6 +9,7 @@ mod exec;
 mod login;
 mod network;
 mod processes;
+mod rules;
 #[cfg(feature = "patch")]
 mod run;
 mod session;
@@ -144,6 +145,11 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
                 with_client(target()?, async |client| network::url(client, &vm).await).await?;
             print(&format!("{url}\n"))
         }
+        Task::Network(network) => {
+            let shown =
+                with_client(target()?, async |client| rules::run(client, network).await).await?;
+            print(&shown)
+        }
         Task::Forward(forward) => {
             with_client(target()?, async |client| {
                 network::forward(client, forward).await
@@ -206,6 +212,7 @@ async fn remove(client: &Client, vms: Vec<VmRef>) -> Result<u8, Complaint> {
 }
 
 fn create_request(create: Create) -> Result<CreateVm, Complaint> {
+    let (egress, publication) = create.connected.wanted()?;
     let fresh = new_vm().map_err(|error| Complaint::of("creating a VM", &error))?;
     Ok(CreateVm {
         template: create.template,
@@ -215,6 +222,8 @@ fn create_request(create: Create) -> Result<CreateVm, Complaint> {
         disk_mib: create.disk,
         labels: create.label,
         env: create.env,
+        egress,
+        publication,
         ..fresh
     })
 }

@@ -236,6 +236,8 @@ impl Registry {
             disk_mib: plan.disk_mib,
             labels: plan.wanted.labels.clone(),
             env: plan.wanted.env.clone(),
+            egress: plan.wanted.egress.clone(),
+            publication: plan.wanted.publication.clone(),
             created_unix_ms: since.map_or(0, |since| {
                 u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
             }),

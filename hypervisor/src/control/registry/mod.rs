@@ -5,12 +5,12 @@ mod create;
 mod index;
 mod recover;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use protocol::id::{Owner, VmId};
+use protocol::id::{Owner, Subdomain, VmId};
 use protocol::vm::{VmInfo, VmPage, VmRef};
 use protocol::{ErrorBody, ErrorCode};
 use tokio::sync::watch;
@@ -35,6 +35,8 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Inner {
     vms: BTreeMap<VmId, VmHandle>,
+    /// By the label of the public address.
+    labels: HashMap<Subdomain, VmId>,
     index: Index,
 }
 
@@ -70,6 +72,9 @@ impl Registry {
         };
         let name = record.name.as_ref();
         inner.index.note(&record.owner, name, record.key, known);
+        inner
+            .labels
+            .insert(record.subdomain.clone(), record.id.clone());
         inner.vms.insert(record.id.clone(), handle.clone());
         handle
     }
@@ -78,6 +83,7 @@ impl Registry {
     pub(crate) fn remove(&self, record: &VmRecord, deleted: Option<DeletedVm>) {
         let mut inner = self.inner();
         inner.vms.remove(&record.id);
+        inner.labels.remove(&record.subdomain);
         match deleted {
             None => {
                 let name = record.name.as_ref();
@@ -109,6 +115,17 @@ impl Registry {
             .filter(|handle| handle.owner == *owner)
             .cloned()
             .ok_or_else(|| not_found(vm.as_str()))
+    }
+
+    /// The VM of this public address, whoever it belongs to.
+    pub(crate) fn published(&self, subdomain: &Subdomain) -> Option<VmHandle> {
+        let inner = self.inner();
+        inner.vms.get(inner.labels.get(subdomain)?).cloned()
+    }
+
+    /// The VM of this identifier, whoever it belongs to.
+    pub(crate) fn get(&self, id: &VmId) -> Option<VmHandle> {
+        self.inner().vms.get(id).cloned()
     }
 
     /// The owner's VMs after `after`, as many as fit.

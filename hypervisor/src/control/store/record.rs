@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use protocol::id::{IdempotencyKey, Owner, Subdomain, TemplateName, TemplateVersion, VmId, VmName};
+use protocol::network::{Egress, Publication};
 use protocol::vm::{EndReason, VmInfo, VmState};
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +77,8 @@ pub(crate) struct VmRecord {
     pub(crate) disk_mib: u32,
     pub(crate) labels: Vec<(String, String)>,
     pub(crate) env: Vec<(String, String)>,
+    pub(crate) egress: Egress,
+    pub(crate) publication: Publication,
     pub(crate) created_unix_ms: u64,
     pub(crate) subdomain: Subdomain,
     pub(crate) machine_id: [u8; 16],
@@ -178,6 +181,22 @@ pub(crate) fn sample(id: &str) -> VmRecord {
         disk_mib: 10,
         labels: vec![("a".into(), "b".into())],
         env: vec![("K".into(), "V".into())],
+        egress: Egress {
+            offline: true,
+            rules: vec![protocol::network::Rule {
+                action: protocol::network::RuleAction::Deny,
+                to: "10.0.0.0/8".parse().unwrap(),
+                protocol: protocol::network::RuleProtocol::Tcp,
+                ports: (80, 443),
+            }],
+            bytes_per_second: 300,
+            packets_per_second: 2,
+            max_connections: 3,
+        },
+        publication: Publication {
+            autostart: false,
+            token: Some([7; 32]),
+        },
         created_unix_ms: 1,
         subdomain: Subdomain::from_random([3; 20]),
         machine_id: [4; 16],
@@ -214,7 +233,7 @@ mod tests {
     fn golden_record() {
         let bytes = sample("vm-1234abcd").encode().unwrap();
         let (body, _checksum) = bytes.split_last_chunk::<32>().unwrap();
-        let golden = "SUPV\\x01\\x00\\x01\\x00\\x0bvm-1234abcd\\x02me\\x01\\x03web\\x06debian\\x0413.1\\x01\\x02\\x80\\x08\\n\\x01\\x01a\\x01b\\x01\\x01K\\x01V\\x01\\x14dddddddddddddddddddd\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x00\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x01\\x07\\x00\\x01\\x15it powered itself off";
+        let golden = "SUPV\\x01\\x00\\x01\\x00\\x0bvm-1234abcd\\x02me\\x01\\x03web\\x06debian\\x0413.1\\x01\\x02\\x80\\x08\\n\\x01\\x01a\\x01b\\x01\\x01K\\x01V\\x01\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02\\x02\\x03\\x00\\x01\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x07\\x01\\x14dddddddddddddddddddd\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x04\\x00\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x05\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x06\\x01\\x07\\x00\\x01\\x15it powered itself off";
         assert_eq!(body.escape_ascii().to_string(), golden);
     }
 

@@ -98,6 +98,10 @@ pub(super) async fn monitor_of(
                         supervisor.clone(),
                     ));
                 }
+                Kind::ATTACH_FRAMES => {
+                    let end = packet.descriptors.pop().unwrap();
+                    supervisor.state().frames.insert(run.vm.clone(), end);
+                }
                 Kind::SWITCH_OFF => return Ending::SwitchedOff,
                 kind => panic!("control sent {kind} to a monitor"),
             }

@@ -13,14 +13,17 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
 use protocol::agent::Configure;
-use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, Serve, Serving};
+use protocol::host::proxy::{
+    ApiAbandoned, ApiReply, ApiRequest, AttachVm, Attached, Count, Counted, DetachVm, EdgeRequest,
+    ListAttached, Serve, Serving, UpdateVm,
+};
 use protocol::host::supervisor::{
     ForgetVmm, KillVmm, Run, ShutDown, SpawnVmm, VmmEnded, VmmListed, VmmSpawned, VmmsListed,
 };
 use protocol::host::vmm::Ending;
-use protocol::id::IdempotencyKey;
+use protocol::id::{IdempotencyKey, VmId};
 use protocol::message::{decode_body, encode_body};
-use protocol::network::{Egress, Publication};
+use protocol::network::{Egress, NetworkCounters, Publication};
 use protocol::vm::{CreateVm, DeleteVm, Deleted, GetVm, ListVms, VmInfo, VmPage, VmRef, VmState};
 use protocol::{ErrorBody, Frame, Kind, Message, decode, frame};
 use proxy::channel::{Channel, ChannelListener};
@@ -59,6 +62,8 @@ pub(super) struct World {
     pub(super) supervisor: Supervisor,
     listener: ChannelListener,
     pub(super) proxy: Option<Proxy>,
+    /// What proxy has; it outlives control.
+    pub(super) has: Has,
     control: Option<(Runtime, JoinHandle<Result<(), ControlError>>)>,
 }
 
@@ -100,6 +105,7 @@ impl World {
             listener,
             settings,
             proxy: None,
+            has: Has::default(),
             control: None,
             directory,
         };
@@ -153,7 +159,14 @@ impl World {
             .await
             .expect("control does not connect to proxy")
             .unwrap();
-        self.proxy = Some(Proxy::new(channel).await);
+        self.proxy = Some(Proxy::new(channel, self.has.clone()).await);
+    }
+
+    /// Ends proxy as `kill -9` would, and starts another.
+    pub(super) async fn restart_proxy(&mut self) {
+        self.has = Has::default();
+        self.proxy = None;
+        self.accept().await;
     }
 
     /// Ends control as `kill -9` would: nothing of it runs on, nothing is said.
@@ -324,7 +337,7 @@ impl Drop for Proxy {
 }
 
 impl Proxy {
-    async fn new(channel: Channel) -> Self {
+    async fn new(channel: Channel, has: Has) -> Self {
         let channel = Arc::new(channel);
         let packet = channel.receive().await.unwrap().unwrap();
         let serve: Serve = decode(&packet.frame).unwrap();
@@ -342,6 +355,10 @@ impl Proxy {
                     told.send_replace(decode(&packet.frame).unwrap());
                     continue;
                 }
+                if packet.frame.kind != ApiReply::KIND {
+                    has.take(packet, &from).await;
+                    continue;
+                }
                 let reply: ApiReply = decode(&packet.frame).unwrap();
                 let waiter = to.lock().unwrap().tickets.remove(&reply.ticket);
                 let _ = waiter.unwrap().send((reply, packet.descriptors.pop()));
@@ -356,6 +373,40 @@ impl Proxy {
         }
     }
 
+    fn ticket(&self) -> (u64, oneshot::Receiver<Answered>) {
+        let (sender, receiver) = oneshot::channel();
+        let mut waiting = self.waiting.lock().unwrap();
+        waiting.last += 1;
+        let ticket = waiting.last;
+        waiting.tickets.insert(ticket, sender);
+        (ticket, receiver)
+    }
+
+    /// Sends a request of the edge; the answer comes later.
+    pub(super) async fn begin_edge<Q: Message>(&self, question: &Q) -> oneshot::Receiver<Answered> {
+        let (ticket, receiver) = self.ticket();
+        let request = EdgeRequest {
+            ticket,
+            kind: Q::KIND.0,
+            body: encode_body(question).unwrap(),
+        };
+        self.channel.send(&request, &[]).await.unwrap();
+        receiver
+    }
+
+    /// The edge asks.
+    pub(super) async fn ask_edge<Q: Message, A: Message>(
+        &self,
+        question: &Q,
+    ) -> Result<(A, Option<OwnedFd>), ErrorBody> {
+        read(self.begin_edge(question).await).await
+    }
+
+    /// Says something that is not answered.
+    pub(super) async fn say<M: Message>(&self, message: &M) {
+        self.channel.send(message, &[]).await.unwrap();
+    }
+
     /// Sends a request; the answer comes later.
     pub(super) async fn begin(
         &self,
@@ -363,14 +414,7 @@ impl Proxy {
         kind: u16,
         body: Vec<u8>,
     ) -> (u64, oneshot::Receiver<Answered>) {
-        let (sender, receiver) = oneshot::channel();
-        let ticket = {
-            let mut waiting = self.waiting.lock().unwrap();
-            waiting.last += 1;
-            let ticket = waiting.last;
-            waiting.tickets.insert(ticket, sender);
-            ticket
-        };
+        let (ticket, receiver) = self.ticket();
         let request = ApiRequest {
             ticket,
             token: token.into(),
@@ -407,6 +451,88 @@ impl Proxy {
     }
 }
 
+/// What proxy was given.
+#[derive(Clone, Default)]
+pub(super) struct Has(Arc<Mutex<HasState>>);
+
+#[derive(Default)]
+pub(super) struct HasState {
+    /// With proxy's end of the frame channel.
+    pub(super) vms: BTreeMap<VmId, (AttachVm, OwnedFd)>,
+    pub(super) attaches: usize,
+    pub(super) updates: usize,
+    /// What it has counted; none when it says nothing.
+    pub(super) requests: Option<u64>,
+}
+
+impl Has {
+    pub(super) fn state(&self) -> std::sync::MutexGuard<'_, HasState> {
+        self.0.lock().unwrap()
+    }
+
+    async fn take(&self, mut packet: protocol::host::channel::Packet, to: &Channel) {
+        let frame = &packet.frame;
+        match frame.kind {
+            Kind::ATTACH_VM => {
+                let attach: AttachVm = decode(frame).unwrap();
+                let end = packet.descriptors.pop().unwrap();
+                let mut state = self.state();
+                state.attaches += 1;
+                state.vms.insert(attach.vm.clone(), (attach, end));
+            }
+            Kind::UPDATE_VM => {
+                let update: UpdateVm = decode(frame).unwrap();
+                let mut state = self.state();
+                state.updates += 1;
+                if let Some((vm, _)) = state.vms.get_mut(&update.vm) {
+                    vm.egress = update.egress;
+                    vm.publication = update.publication;
+                }
+            }
+            Kind::DETACH_VM => {
+                let detach: DetachVm = decode(frame).unwrap();
+                let mut state = self.state();
+                let (vm, _) = state.vms.get(&detach.vm).expect("proxy does not have it");
+                assert_eq!(vm.generation, detach.generation);
+                state.vms.remove(&detach.vm);
+            }
+            Kind::LIST_ATTACHED => {
+                let ListAttached { after } = decode(frame).unwrap();
+                // A page of one, so that there are some.
+                let page = {
+                    let state = self.state();
+                    let mut vms = state
+                        .vms
+                        .values()
+                        .map(|(vm, _)| (vm.vm.clone(), vm.generation));
+                    let vm = vms.find(|(vm, _)| after.as_ref().is_none_or(|after| vm > after));
+                    Attached {
+                        vms: vm.into_iter().collect(),
+                        more: vms.next().is_some(),
+                    }
+                };
+                to.send(&page, &[]).await.unwrap();
+            }
+            Kind::COUNT => {
+                let Count { ticket, vm } = decode(frame).unwrap();
+                let counted = {
+                    let state = self.state();
+                    let Some(requests) = state.requests else {
+                        return;
+                    };
+                    let counters = state.vms.contains_key(&vm).then(|| NetworkCounters {
+                        requests,
+                        ..NetworkCounters::default()
+                    });
+                    Counted { ticket, counters }
+                };
+                to.send(&counted, &[]).await.unwrap();
+            }
+            kind => panic!("control sent {kind} to proxy"),
+        }
+    }
+}
+
 /// Waits for an answer.
 pub(super) async fn read<A: Message>(
     receiver: oneshot::Receiver<Answered>,
@@ -432,6 +558,8 @@ pub(super) struct State {
     pub(super) ended: BTreeMap<Run, (Option<u8>, Option<u8>)>,
     pub(super) spawned: Vec<SpawnVmm>,
     pub(super) configured: Vec<Configure>,
+    /// The monitors' ends of the frame channels.
+    pub(super) frames: BTreeMap<VmId, OwnedFd>,
     pub(super) dropped: Arc<Notify>,
     channel: Option<Arc<Channel>>,
     reader: Option<AbortHandle>,
@@ -445,6 +573,7 @@ impl Default for Supervisor {
             ended: BTreeMap::new(),
             spawned: Vec::new(),
             configured: Vec::new(),
+            frames: BTreeMap::new(),
             dropped: Arc::default(),
             channel: None,
             reader: None,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use protocol::ErrorBody;
 use protocol::host::supervisor::Run;
+use protocol::network::{Egress, Publication};
 use protocol::vm::{EndReason, VmState};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
@@ -82,6 +83,12 @@ impl Vm {
             // Not stopped before the reason is known with it.
             (Beginning::Ended(_), _) => VmState::Stopping,
         };
+        if matches!(beginning, Beginning::Adopt) {
+            host.frames.expect(&Run {
+                vm: record.id.clone(),
+                generation: record.generation,
+            });
+        }
         let (view, seen) = watch::channel(View {
             record: Arc::new(record.clone()),
             state,
@@ -130,6 +137,8 @@ impl Vm {
             let mut ended = self.host.supervisor.ended(&run);
             give_up_run(&self.host, &run, &mut ended).await;
         }
+        // Also one that does not end.
+        self.host.frames.down(&run);
         if !self.record.acknowledged {
             self.undo_create().await;
             return false;
@@ -204,8 +213,28 @@ impl Vm {
             return Phase::Gone;
         };
         let waiter = match command {
-            Command::Start(reply) => Waiter::Start(reply),
+            Command::Dial(reply) => {
+                let _ = reply.send(Err(super::stopped(&self.record.id)));
+                return Phase::Off;
+            }
+            Command::Open(reply) if !self.record.publication.autostart => {
+                let _ = reply.send(Err(super::stopped(&self.record.id)));
+                return Phase::Off;
+            }
+            Command::Wake(reply) if !self.record.publication.autostart => {
+                let _ = reply.send(Err(super::stopped(&self.record.id)));
+                return Phase::Off;
+            }
+            Command::Start(reply) | Command::Wake(reply) => Waiter::Start(reply),
             Command::Open(reply) => Waiter::Open(reply),
+            Command::SetNetwork {
+                egress,
+                publication,
+                reply,
+            } => {
+                self.set_network(egress, publication, reply).await;
+                return Phase::Off;
+            }
             Command::Stop { reply, .. } => {
                 let _ = reply.send(Ok(self.view.borrow().clone()));
                 return Phase::Off;
@@ -220,6 +249,31 @@ impl Vm {
             waiters: vec![waiter],
             ..Boot::default()
         })
+    }
+
+    /// Changes how the VM is connected: durable, and known to proxy, before the answer.
+    pub(super) async fn set_network(
+        &mut self,
+        egress: Option<Egress>,
+        publication: Option<Publication>,
+        reply: Reply<View>,
+    ) {
+        let before = (self.record.egress.clone(), self.record.publication.clone());
+        if let Some(egress) = egress {
+            self.record.egress = egress;
+        }
+        if let Some(publication) = publication {
+            self.record.publication = publication;
+        }
+        if let Err(error) = self.save().await {
+            (self.record.egress, self.record.publication) = before;
+            let _ = reply.send(Err(error));
+            return;
+        }
+        self.view
+            .send_modify(|view| view.record = Arc::new(self.record.clone()));
+        self.host.frames.update(&self.record).await;
+        let _ = reply.send(Ok(self.view.borrow().clone()));
     }
 
     /// Kills a monitor and waits until it has ended.
@@ -258,8 +312,15 @@ impl Vm {
             };
             match command {
                 None => return Phase::Gone,
-                Some(Command::Start(reply)) => drop(reply.send(Ok(self.view.borrow().clone()))),
-                Some(Command::Open(reply)) => {
+                Some(Command::Start(reply) | Command::Wake(reply)) => {
+                    drop(reply.send(Ok(self.view.borrow().clone())));
+                }
+                Some(Command::SetNetwork {
+                    egress,
+                    publication,
+                    reply,
+                }) => self.set_network(egress, publication, reply).await,
+                Some(Command::Open(reply) | Command::Dial(reply)) => {
                     injected_panic(&self.record.labels, "open");
                     open(&machine, reply);
                 }
@@ -407,6 +468,7 @@ impl Vm {
         let error = match boot::reconnect(&self.host, &run).await {
             Ok(monitor) => {
                 tracing::info!(vm = %run.vm, generation = run.generation, "monitor found again");
+                self.host.frames.up(&self.record, &monitor).await;
                 return Phase::Up(Machine {
                     run,
                     monitor,

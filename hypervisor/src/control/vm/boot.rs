@@ -33,8 +33,8 @@ const TAIL: u64 = 4 << 10;
 /// what streams that nobody reads hold (512 of the agent's, a window and a socket buffer each).
 const OVERHEAD: u64 = 320 << 20;
 
-/// The name server that every guest is given: the gateway of its own network.
-const GATEWAY_DNS: &str = "10.213.0.1";
+/// The name servers that every guest is given: the gateway of its own network.
+const GATEWAY_DNS: [&str; 2] = ["10.213.0.1", "fd73:7570::1"];
 
 /// Why a VM did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -303,7 +303,7 @@ fn identity(record: &VmRecord) -> Configure {
             u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
         }),
         entropy,
-        dns: vec![GATEWAY_DNS.to_owned()],
+        dns: GATEWAY_DNS.map(str::to_owned).to_vec(),
         env: record.env.clone(),
         grow_disk: true,
     }

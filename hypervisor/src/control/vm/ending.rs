@@ -111,6 +111,7 @@ pub(crate) async fn forget_run(host: &Arc<Host>, run: &Run) {
 }
 
 async fn forget(host: &Arc<Host>, run: &Run) {
+    host.frames.down(run);
     if let Err(error) = host.supervisor.forget(run).await {
         tracing::error!(vm = %run.vm, %error, "cannot tell init to forget a run");
     }

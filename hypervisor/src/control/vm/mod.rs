@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use protocol::host::supervisor::Run;
 use protocol::id::{Owner, VmId};
+use protocol::network::{Egress, Publication};
 use protocol::vm::{VmInfo, VmState};
 use protocol::{ErrorBody, ErrorCode};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -24,6 +25,7 @@ pub(crate) use actor::{Beginning, Vm};
 pub(crate) use ending::{end_run, give_up_run};
 
 use super::capacity::{Capacity, Reservation};
+use super::frames::Frames;
 use super::monitor::Monitor;
 use super::store::record::VmRecord;
 use super::store::{Store, StoreError};
@@ -39,6 +41,7 @@ pub(crate) struct Host {
     pub(crate) store: Store,
     pub(crate) supervisor: Supervisor,
     pub(crate) capacity: Capacity,
+    pub(crate) frames: Frames,
     /// Directory of the monitors' sockets.
     pub(crate) sockets: PathBuf,
     /// Whether monitors can be given users of their own.
@@ -106,8 +109,19 @@ pub(crate) enum Command {
     },
     /// Delete it.
     Delete(Reply<()>),
-    /// Open a stream to its agent, starting it first if need be.
+    /// Open a stream to its agent, starting it first if need be and its owner lets that happen.
     Open(Reply<OpenedStream>),
+    /// Somebody asks for its public address: as [`Start`](Self::Start) where its owner lets that
+    /// happen.
+    Wake(Reply<View>),
+    /// Open a stream to its agent if it runs or is coming up.
+    Dial(Reply<OpenedStream>),
+    /// Change how it is connected.
+    SetNetwork {
+        egress: Option<Egress>,
+        publication: Option<Publication>,
+        reply: Reply<View>,
+    },
     /// The host goes down.
     ShutDown { deadline: Duration, done: Reply<()> },
 }
@@ -169,6 +183,16 @@ pub(crate) fn not_found(vm: &str) -> ErrorBody {
     ErrorBody::caller(
         ErrorCode::VmNotFound,
         format!("there is no VM `{vm}`; `sup ls` lists yours"),
+    )
+}
+
+fn stopped(id: &VmId) -> ErrorBody {
+    ErrorBody::caller(
+        ErrorCode::VmStopped,
+        format!(
+            "{id} is stopped, and its owner has turned off that requests start it; start it with \
+             `sup start {id}`"
+        ),
     )
 }
 

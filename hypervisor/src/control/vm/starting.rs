@@ -109,8 +109,16 @@ impl Vm {
                 };
                 let waiter = match command {
                     None => break BootOutcome::Failed(SupervisorError::Gone.into()),
-                    Some(Command::Start(reply)) => Waiter::Start(reply),
-                    Some(Command::Open(reply)) => Waiter::Open(reply),
+                    Some(Command::Start(reply) | Command::Wake(reply)) => Waiter::Start(reply),
+                    Some(Command::Open(reply) | Command::Dial(reply)) => Waiter::Open(reply),
+                    Some(Command::SetNetwork {
+                        egress,
+                        publication,
+                        reply,
+                    }) => {
+                        self.set_network(egress, publication, reply).await;
+                        continue;
+                    }
                     // Not before the create is answered one way or the other.
                     Some(command @ Command::Stop { .. }) if boot.create.is_some() => {
                         inbox.defer(command, &self.record.id);
@@ -187,6 +195,7 @@ impl Vm {
             };
             return self.boot_failed(boot, &run, ended, error).await;
         }
+        self.host.frames.up(&self.record, &machine.monitor).await;
         let view = self.show(VmState::Running);
         tracing::info!(vm = %self.record.id, generation = self.record.generation, "VM is up");
         if let Some(reply) = boot.create {

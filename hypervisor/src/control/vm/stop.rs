@@ -60,8 +60,11 @@ impl Inbox {
             return;
         }
         match command {
-            Command::Start(reply) | Command::Stop { reply, .. } => drop(reply.send(Err(busy(vm)))),
-            Command::Open(reply) => drop(reply.send(Err(busy(vm)))),
+            Command::Start(reply)
+            | Command::Wake(reply)
+            | Command::SetNetwork { reply, .. }
+            | Command::Stop { reply, .. } => drop(reply.send(Err(busy(vm)))),
+            Command::Open(reply) | Command::Dial(reply) => drop(reply.send(Err(busy(vm)))),
             Command::Delete(reply) | Command::ShutDown { done: reply, .. } => {
                 drop(reply.send(Err(busy(vm))));
             }
