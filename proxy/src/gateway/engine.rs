@@ -226,7 +226,11 @@ impl Engine {
             settings.egress.clone(),
             Arc::clone(&common.host),
         ));
-        let resolver = Arc::new(Resolver::new(Arc::clone(&policy), &settings.hostname));
+        let resolver = Arc::new(Resolver::new(
+            &settings.hostname,
+            Arc::clone(&policy),
+            Arc::clone(&common.upstreams),
+        ));
         let slots = usize::try_from(MAX_CONNECTIONS)
             .unwrap_or(0)
             .saturating_add(MAX_INBOUND)

@@ -30,6 +30,7 @@ use protocol::id::VmId;
 use protocol::network::Egress;
 use tokio::sync::watch;
 
+use dns::Upstreams;
 use policy::HostAddresses;
 pub use stack::{Ended, Stack};
 pub use stream::{ConnectError, GuestStream};
@@ -73,6 +74,7 @@ pub struct Common {
     total: AtomicUsize,
     panics: AtomicU64,
     host: Arc<HostAddresses>,
+    upstreams: Arc<Upstreams>,
 }
 
 impl Common {
@@ -84,11 +86,20 @@ impl Common {
             total: AtomicUsize::new(DEFAULT_TOTAL),
             panics: AtomicU64::new(0),
             host: Arc::default(),
+            upstreams: Upstreams::new(Vec::new()),
         })
     }
 
     /// Replaces the operator's settings, for stacks that run too. Open connections go on.
     pub fn set(&self, gateway: ServeGateway) {
+        let mut servers = Vec::new();
+        for server in &gateway.name_servers {
+            match server.parse() {
+                Ok(address) => servers.push(address),
+                Err(_) => tracing::error!(server, "this name server is no address with a port"),
+            }
+        }
+        self.upstreams.set(servers);
         self.gateway.send_replace(Arc::new(gateway));
     }
 
