@@ -308,6 +308,50 @@ async fn a_vm_has_so_many_requests_at_a_time_and_its_neighbour_its_own() {
     assert_eq!(got.body, "done", "the places came back");
 }
 
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend_from_slice(&[kind, flags]);
+    frame.extend_from_slice(&stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+#[tokio::test]
+async fn requests_that_are_reset_as_fast_as_they_are_sent_end_the_connection() {
+    let world = World::start().await;
+    let vm = world
+        .vm_with(|_| async {
+            tokio::time::sleep(PATIENCE).await;
+            http::Response::new(empty())
+        })
+        .await;
+    let host = vm.host();
+    let stream = world.tls(&host, "h2").await;
+    let mut attack = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    attack.extend(frame(4, 0, 0, &[]));
+    // GET, https, `/`, and the authority, by HPACK's static table.
+    let mut fields = vec![0x82, 0x87, 0x84, 0x01, host.len() as u8];
+    fields.extend_from_slice(host.as_bytes());
+    for number in 0..20_000 {
+        let id = 2 * number + 1;
+        attack.extend(frame(1, 0x5, id, &fields));
+        attack.extend(frame(3, 0, id, &8_u32.to_be_bytes()));
+    }
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let writing = tokio::spawn(async move { writer.write_all(&attack).await });
+    let mut answer = Vec::new();
+    let _ = soon("the end", reader.read_to_end(&mut answer)).await;
+    let _ = soon("the end of writing", writing).await;
+    let made = world
+        .guests
+        .connections
+        .load(std::sync::atomic::Ordering::SeqCst);
+    assert!(made < 1_000 && world.requests(&vm) < 1_000, "{made}");
+    let other = world.vm_that_tells().await;
+    assert_eq!(world.get(&other.host(), &[]).await.status.as_u16(), 200);
+}
+
 #[tokio::test]
 async fn giving_up_requests_again_and_again_ends_the_connection_that_does_it() {
     let world = World::start().await;
