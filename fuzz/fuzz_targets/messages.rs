@@ -104,6 +104,7 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::host::supervisor::VmmsListed,
         protocol::host::supervisor::ShutDown,
         protocol::host::supervisor::Lease,
+        protocol::host::vmm::AttachFrames,
         protocol::host::vmm::Identify,
         protocol::host::vmm::Identity,
         protocol::host::vmm::Connect,

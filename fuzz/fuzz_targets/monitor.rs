@@ -22,7 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
         let length = usize::from(input.byte());
         let body = input.take(length);
         let mut packet = Vec::new();
-        match what % 6 {
+        match what % 7 {
             0 => packet.extend_from_slice(body),
             1 => {
                 let connect = Connect {
@@ -37,6 +37,7 @@ fuzz_target!(|bytes: &[u8]| {
                     Kind::IDENTIFY,
                     Kind::CONNECT,
                     Kind::SWITCH_OFF,
+                    Kind::ATTACH_FRAMES,
                     Kind(input.u16()),
                 ];
                 append(&mut packet, kinds[usize::from(kind - 2)], body).expect("a packet");

@@ -174,6 +174,11 @@ impl Driver {
         self.put(ring + 2, &index.to_le_bytes());
     }
 
+    /// How many chains were made available, modulo 2^16.
+    pub fn offered(&self, queue: usize) -> u16 {
+        self.available[queue]
+    }
+
     /// How many chains came back.
     pub fn used(&self, queue: usize) -> u16 {
         self.u16_at(QUEUE_STEP * queue as u64 + USED + 2)

@@ -3,6 +3,8 @@
 
 mod device;
 mod mounts;
+mod netlink;
+mod network;
 pub(crate) mod shutdown;
 
 use std::fs;
@@ -96,6 +98,7 @@ fn bring_up() -> Result<(), BootError> {
         }
     }
     kernel::loopback_up()?;
+    network::bring_up();
     let cgroups = control_groups()?;
     log::info(format_args!("event=groups_ready"));
     agent::serve_vsock(cgroups).map_err(|error| BootError::Agent(error.to_string()))

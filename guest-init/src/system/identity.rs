@@ -119,12 +119,14 @@ mod tests {
     fn a_file_that_cannot_be_written_does_not_stop_the_others() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("etc/hosts")).unwrap();
-        let servers = ["10.213.0.1".parse().unwrap()];
+        let servers = ["10.213.0.1", "fd73:7570::1"].map(|server| server.parse().unwrap());
         let problems = write(root.path(), "supvm-abcd", [0xab; 16], &servers);
         assert_eq!(problems.len(), 1);
         let read = |name| fs::read_to_string(root.path().join("etc").join(name)).unwrap();
         assert_eq!(read("hostname"), "supvm-abcd\n");
         assert_eq!(read("machine-id"), format!("{}\n", "ab".repeat(16)));
-        assert!(read("resolv.conf").ends_with("nameserver 10.213.0.1\n"));
+        assert!(
+            read("resolv.conf").ends_with("\nnameserver 10.213.0.1\nnameserver fd73:7570::1\n")
+        );
     }
 }

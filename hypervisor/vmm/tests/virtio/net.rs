@@ -636,6 +636,14 @@ fn the_device_asks_for_kicks_only_when_it_has_nothing_to_do() {
     }
     net.send(&frame(100, 60));
     assert_eq!(net.take(), frame(100, 60));
+    // On the way in it wants to hear of buffers when a frame waits for more of them.
+    net.post(0..2, 100);
+    net.deliver(&frame(0, 250));
+    while avail_event(&net, RX) != 2 {
+        std::thread::yield_now();
+    }
+    net.post(2..3, 100);
+    assert_eq!(net.receive().1, frame(0, 250));
 }
 
 /// UDP from 10.213.0.1:53 to 10.213.0.2:1234 with a checksum that nobody made.
