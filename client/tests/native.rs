@@ -219,12 +219,17 @@ async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
             ..wanted.egress
         };
         vm.set_network(Some(egress.clone()), None).await.unwrap();
+        let attached = || appliance.log().matches("VM attached").count();
+        assert_eq!(attached(), 1);
         crash(&appliance, "supvm-control").await;
         let network = vm.network().await.unwrap();
         assert_eq!(
             (network.egress, network.publication),
             (egress.clone(), wanted.publication.clone())
         );
+        // When this is answered, what proxy has is as it is to be: it kept its frame channel.
+        vm.set_network(Some(egress.clone()), None).await.unwrap();
+        assert_eq!(attached(), 1);
         crash(&appliance, "supvm-proxy").await;
         let network = loop {
             // What was under way is lost with proxy; what is asked after that is answered.
@@ -233,6 +238,8 @@ async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
             }
         };
         assert_eq!(network.egress, egress);
+        vm.set_network(Some(egress.clone()), None).await.unwrap();
+        assert_eq!(attached(), 2);
         assert_eq!(shell(&vm, "echo still up").await.0, "still up\n");
         let mut bad = egress;
         bad.rules[0].ports = (2, 1);
