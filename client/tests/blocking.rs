@@ -124,6 +124,19 @@ fn files_are_readers_and_writers() {
 }
 
 #[test]
+fn a_network_is_seen_and_changed() {
+    with_machine(|_, client, vm| {
+        let mut egress = vm.network().unwrap().egress;
+        assert!(!egress.offline);
+        egress.offline = true;
+        let changed = vm.set_network(Some(egress.clone()), None).unwrap();
+        assert_eq!(changed.egress, egress);
+        let seen = client.network(VM.parse().unwrap()).unwrap();
+        assert_eq!(seen, changed);
+    });
+}
+
+#[test]
 fn a_port_is_read_and_written() {
     with_machine(|_, _, vm| {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -8,10 +8,11 @@ mod native;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use client::protocol::network::{Egress, Publication, RuleAction};
 use client::protocol::process::{ProcessEnd, ProcessEnded};
 use client::protocol::vm::{EndReason, VmInfo, VmRef, VmState};
 use client::protocol::{ErrorCode, Fault};
-use client::{Client, ClientError, Command, Output, ReadFrom, Side, Vm, new_vm};
+use client::{Client, ClientError, Command, Output, ReadFrom, Side, Vm, new_vm, parse_rule};
 use native::{Appliance, soon};
 
 fn by_id(vm: &VmInfo) -> VmRef {
@@ -169,6 +170,105 @@ async fn a_guest_that_loses_its_agent_has_panicked_and_one_that_reboots_comes_ba
         assert!(matches!(error, ClientError::AgentGone), "{error}");
         let ended = until(&client, &info, |now| now.state != VmState::Running).await;
         assert_eq!(ended.end_reason, EndReason::GuestPanic);
+        client.delete(by_id(&info)).await.unwrap();
+    })
+    .await;
+}
+
+/// A service of the appliance, by the name that it has in the process table.
+fn service(appliance: &Appliance, name: &str) -> Option<i32> {
+    let parent = appliance.pid();
+    let of = |pid: i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (begin, end) = stat.rsplit_once(')')?;
+        let its: u32 = end.split_whitespace().nth(1)?.parse().ok()?;
+        (begin.ends_with(name) && its == parent).then_some(pid)
+    };
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .find_map(of)
+}
+
+/// Ends a service as a crash would, and waits for the next one.
+async fn crash(appliance: &Appliance, name: &str) {
+    let pid = service(appliance, name).unwrap();
+    let gone = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(gone, nix::sys::signal::Signal::SIGKILL).unwrap();
+    while service(appliance, name).is_none_or(|now| now == pid) {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
+    let appliance = Appliance::start();
+    soon(async {
+        let client = appliance.client().await;
+        let mut wanted = new_vm().unwrap();
+        let allow = parse_rule(RuleAction::Allow, "10.0.0.0/8:443/tcp").unwrap();
+        wanted.egress.rules.push(allow);
+        wanted.publication.token = Some(client::url_token_hash("secret"));
+        let info = client.create(wanted.clone()).await.unwrap();
+        let vm = client.vm(by_id(&info));
+        let network = vm.network().await.unwrap();
+        assert_eq!(network.egress, wanted.egress);
+        assert_eq!(network.publication, wanted.publication);
+        let egress = Egress {
+            offline: true,
+            ..wanted.egress
+        };
+        vm.set_network(Some(egress.clone()), None).await.unwrap();
+        let attached = || appliance.log().matches("VM attached").count();
+        assert_eq!(attached(), 1);
+        crash(&appliance, "supvm-control").await;
+        let network = vm.network().await.unwrap();
+        assert_eq!(
+            (network.egress, network.publication),
+            (egress.clone(), wanted.publication.clone())
+        );
+        // When this is answered, what proxy has is as it is to be: it kept its frame channel.
+        vm.set_network(Some(egress.clone()), None).await.unwrap();
+        assert_eq!(attached(), 1);
+        crash(&appliance, "supvm-proxy").await;
+        let network = loop {
+            // What was under way is lost with proxy; what is asked after that is answered.
+            if let Ok(network) = vm.network().await {
+                break network;
+            }
+        };
+        assert_eq!(network.egress, egress);
+        vm.set_network(Some(egress.clone()), None).await.unwrap();
+        assert_eq!(attached(), 2);
+        assert_eq!(shell(&vm, "echo still up").await.0, "still up\n");
+        let mut bad = egress;
+        bad.rules[0].ports = (2, 1);
+        let error = vm.set_network(Some(bad), None).await.unwrap_err();
+        assert_eq!(
+            (error.code(), error.side()),
+            (Some(ErrorCode::InvalidArgument), Side::Caller)
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_autostart_a_command_does_not_start_a_vm_that_is_stopped() {
+    let appliance = Appliance::shared();
+    soon(async {
+        let client = appliance.client().await;
+        let (info, vm) = made(&client).await;
+        let publication = Publication {
+            autostart: false,
+            token: None,
+        };
+        vm.set_network(None, Some(publication)).await.unwrap();
+        client.stop(by_id(&info), None).await.unwrap();
+        let error = vm.exec(Command::shell("true")).await.unwrap_err();
+        assert_eq!(error.code(), Some(ErrorCode::VmStopped));
+        assert!(error.to_string().contains("sup start"), "{error}");
+        client.start(by_id(&info)).await.unwrap();
+        assert_eq!(shell(&vm, "echo up").await.0, "up\n");
         client.delete(by_id(&info)).await.unwrap();
     })
     .await;

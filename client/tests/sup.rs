@@ -50,6 +50,17 @@ async fn scripted() -> Appliance {
             }
             assert_eq!(asked.memory_mib, Some(2048));
             assert_eq!(asked.labels, [("a".to_owned(), "b=c".to_owned())]);
+            if let [first, second] = &asked.egress.rules[..] {
+                assert_eq!(first.to.to_string(), "192.0.2.0/24");
+                assert_eq!((first.ports, second.to.to_string()), ((80, 80), "*".into()));
+                assert!(asked.egress.offline && !asked.publication.autostart);
+                assert_eq!(asked.egress.bytes_per_second, 1_000_000);
+                let hash = client::url_token_hash("secret");
+                assert_eq!(asked.publication.token, Some(hash));
+            } else {
+                assert_eq!(asked.egress, Default::default());
+                assert_eq!(asked.publication, Default::default());
+            }
             Reply::message(&info(VM))
         }
         Kind::DELETE_VM => Reply::error(ErrorCode::VmNotFound, "no VM `web`"),
@@ -403,4 +414,26 @@ async fn open_gives_the_address_to_the_browser_and_prints_it_where_there_is_none
     assert_eq!(open(":0").await, printed);
     std::fs::remove_file(bin.join("xdg-open")).unwrap();
     assert_eq!(open(":0").await, printed);
+}
+
+#[tokio::test]
+async fn a_create_says_what_the_vm_may_reach_and_who_may_reach_it() {
+    let appliance = scripted().await;
+    let line = [
+        "create",
+        "--memory=2G",
+        "--label=a=b=c",
+        "--allow=192.0.2.0/24:80/tcp",
+        "--deny=*",
+        "--offline",
+        "--no-autostart",
+        "--url-token=secret",
+        "--bandwidth=1M",
+    ];
+    let (code, out, said) = run(&appliance, &line).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert_eq!(out, format!("{VM}\n"));
+    let (code, _, said) = run(&appliance, &["create", "--allow=example.org:0x1"]).await;
+    assert_eq!(code, 2);
+    assert!(said.contains("`0x1` are no ports"), "{said}");
 }

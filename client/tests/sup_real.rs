@@ -351,6 +351,44 @@ async fn a_forwarded_port_where_nobody_listens_is_told_and_the_next_one_is_serve
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(130));
 }
 
+#[tokio::test]
+async fn a_network_is_shown_after_the_changes_that_were_asked_for() {
+    let machine = Machine::start().await;
+    let (code, out, said) = run(&machine, &["network", VM]).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    for line in ["online       yes\n", "url token    no\n", " 4711 bytes"] {
+        assert!(out.contains(line), "{out}");
+    }
+    let first = ["network", VM, "--deny", "10.0.0.0/8", "--offline"];
+    let (code, out, said) = run(&machine, &first).await;
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert!(out.contains("online       no\n"), "{out}");
+    // What is not said stays; what is new comes first.
+    let second = [
+        "network",
+        "--json",
+        VM,
+        "--allow",
+        "10.1.0.0/16:443/tcp",
+        "--url-token",
+        "secret",
+        "--no-autostart",
+    ];
+    let (_, json, said) = run(&machine, &second).await;
+    let shown: serde_json::Value = serde_json::from_str(&json).expect(&said);
+    assert_eq!(shown["offline"], true, "{json}");
+    assert_eq!(shown["autostart"], false, "{json}");
+    assert_eq!(shown["urlToken"], true, "{json}");
+    assert_eq!(shown["rules"][0]["rule"], "10.1.0.0/16:443/tcp", "{json}");
+    assert_eq!(shown["rules"][0]["action"], "allow", "{json}");
+    assert_eq!(shown["rules"][1]["rule"], "10.0.0.0/8", "{json}");
+    assert_eq!(shown["counters"]["bytesOut"], 4711, "{json}");
+    assert!(!json.contains("secret"), "{json}");
+    let (code, _, said) = run(&machine, &["network", VM, "--allow", "10.0.0.1/8"]).await;
+    assert_eq!(code, 2);
+    assert!(said.contains("the network is 10.0.0.0/8"), "{said}");
+}
+
 /// The lines of docs/sup.md that are marked to be run.
 fn examples() -> String {
     let page = include_str!("../../docs/sup.md");
@@ -386,6 +424,9 @@ async fn the_examples_of_the_documentation_do_what_they_say() {
         "sleep 99",
         "\"exitCode\"",
         "\n5\n",
+        "allow 192.0.2.0/24:5432/tcp\nrule         allow *.example.org\nrule         deny *\n",
+        "bytes/s      10000000\n",
+        "\"urlToken\": true",
     ] {
         assert!(out.contains(text), "no {text:?} in {out}");
     }

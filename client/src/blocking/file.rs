@@ -8,6 +8,7 @@ use protocol::file::manage::DirectoryEntry;
 use protocol::file::transfer::{FileWritten, UploadId, UploadState};
 use protocol::file::tree::TreeUnpacked;
 use protocol::file::watch::FileEvent;
+use protocol::network::{Egress, NetworkInfo, Publication};
 use protocol::vm::{VmInfo, VmRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -27,6 +28,8 @@ impl Vm {
         "Vm":
         fn info(&self) -> VmInfo;
         fn health(&self) -> HealthReport;
+        fn network(&self) -> NetworkInfo;
+        fn set_network(&self, egress: Option<Egress>, publication: Option<Publication>) -> NetworkInfo;
         fn stat(&self, path: impl AsRef<[u8]>) -> FileInfo;
         fn stat_link(&self, path: impl AsRef<[u8]>) -> FileInfo;
         fn list_dir(&self, path: impl AsRef<[u8]>, limit: usize) -> Vec<DirectoryEntry>;

@@ -78,6 +78,11 @@ impl Appliance {
         appliance
     }
 
+    /// The supervisor's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What the appliance has said so far.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.directory.join("log")).unwrap_or_default()

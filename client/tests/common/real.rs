@@ -9,6 +9,8 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use client::protocol::agent::{Configure, Configured};
+use client::protocol::message::decode_body;
+use client::protocol::network::{Egress, NetworkCounters, NetworkInfo, Publication, SetNetwork};
 use client::protocol::{Kind, Message, encode};
 use client::{Client, Trust, Vm};
 use tokio::net::{UnixListener, UnixStream};
@@ -30,11 +32,29 @@ impl Machine {
     pub(crate) async fn start() -> Self {
         let agent = Agent::start();
         let socket = agent.path("s");
+        let network = Mutex::new((Egress::default(), Publication::default()));
         let appliance = Appliance::start(32, move |request| match Kind(request.kind) {
             Kind::OPEN_VM => match StdStream::connect(&socket) {
                 Ok(stream) => Reply::Stream(stream.into()),
                 Err(error) => panic!("no agent: {error}"),
             },
+            Kind::GET_NETWORK | Kind::SET_NETWORK => {
+                let mut network = network.lock().unwrap();
+                let (egress, publication) = &mut *network;
+                if Kind(request.kind) == Kind::SET_NETWORK {
+                    let set: SetNetwork = decode_body(&request.body).unwrap();
+                    *egress = set.egress.unwrap_or_else(|| egress.clone());
+                    *publication = set.publication.unwrap_or_else(|| publication.clone());
+                }
+                Reply::message(&NetworkInfo {
+                    egress: egress.clone(),
+                    publication: publication.clone(),
+                    counters: NetworkCounters {
+                        bytes_out: 4711,
+                        ..NetworkCounters::default()
+                    },
+                })
+            }
             _ => Reply::message(&info(VM)),
         })
         .await;

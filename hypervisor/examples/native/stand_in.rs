@@ -17,8 +17,8 @@ use nix::sys::socket::{SockFlag, accept4};
 use protocol::agent::AGENT_PORT;
 use protocol::host::channel::{self, Packet};
 use protocol::host::vmm::{
-    Connect, Connected, Ending, Identify, Identity, MachineState, NotConnected, SwitchOff,
-    VmmConfig, descriptor,
+    AttachFrames, Connect, Connected, Ending, Identify, Identity, MachineState, NotConnected,
+    SwitchOff, VmmConfig, descriptor,
 };
 use protocol::{ErrorBody, ErrorCode, Kind, Message, decode};
 
@@ -60,6 +60,7 @@ fn run(mut descriptors: Descriptors, agent: &Path) -> Result<Ending, Problem> {
         config,
         agent: Mutex::new(MachineState::Booting),
         rang: Condvar::new(),
+        frames: Mutex::new(None),
     });
     let (waiting, serving) = (Arc::clone(&machine), Arc::clone(&machine));
     std::thread::spawn(move || waiting.wait_for_agent());
@@ -77,6 +78,7 @@ struct Machine {
     config: VmmConfig,
     agent: Mutex<MachineState>,
     rang: Condvar,
+    frames: Mutex<Option<OwnedFd>>,
 }
 
 /// Control, as long as it is there.
@@ -147,6 +149,11 @@ impl Machine {
             Kind::CONNECT => decode::<Connect>(&frame).map(|connect| {
                 let (machine, peer) = (Arc::clone(self), Arc::clone(peer));
                 std::thread::spawn(move || machine.connect(&peer, &connect, descriptors));
+            }),
+            Kind::ATTACH_FRAMES => decode::<AttachFrames>(&frame).map(|AttachFrames {}| {
+                // The guest has no network device: nobody speaks here, but the channel is open.
+                let end = descriptors.into_iter().next();
+                *self.frames.lock().unwrap_or_else(PoisonError::into_inner) = end;
             }),
             Kind::SWITCH_OFF => decode::<SwitchOff>(&frame).map(|SwitchOff {}| {
                 // The guest goes with this process, as with its power.
