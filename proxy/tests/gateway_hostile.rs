@@ -477,3 +477,38 @@ fn a_flood_of_one_vm_does_not_stop_anothers_transfer() {
         assert_eq!(link.common.panics(), 0);
     });
 }
+
+#[test]
+fn what_had_to_wait_for_room_comes_when_there_is_room() {
+    world(|| async {
+        let mut raw = Raw::new();
+        let server = tokio::net::UdpSocket::bind((WORLD_V4, 0)).await.unwrap();
+        let to = server.local_addr().unwrap();
+        let mut udp = vec![0, 9, 0, 0, 0, 9, 0, 0, 1];
+        udp[2..4].copy_from_slice(&to.port().to_be_bytes());
+        raw.send(&ip(GUEST_V4.into(), to.ip(), IpProtocol::Udp, 64, &udp))
+            .await;
+        let (_, flow) = server.recv_from(&mut [0; 10]).await.unwrap();
+        // Datagrams until one does not get through, because the guest takes nothing.
+        let mut sent = 0;
+        loop {
+            server.send_to(&[1; 20_000], flow).await.unwrap();
+            sent += 1;
+            let through = async {
+                while raw.stack.counters().frames_in < sent {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            if tokio::time::timeout(Duration::from_millis(500), through)
+                .await
+                .is_err()
+            {
+                break;
+            }
+            assert!(sent < 1000, "no end");
+        }
+        for _ in 0..sent {
+            assert_eq!(raw.next().await.len(), 14 + 28 + 20_000);
+        }
+    });
+}
