@@ -560,3 +560,56 @@ fn questions_for_names_reach_the_resolver_in_datagrams_and_on_streams() {
         assert_eq!(link.stack.counters().names, 4);
     });
 }
+
+#[test]
+fn a_limit_on_bandwidth_and_packets_slows_and_loses_nothing() {
+    world(|| async {
+        let egress = Egress {
+            bytes_per_second: 2 << 20,
+            packets_per_second: 500,
+            ..Egress::default()
+        };
+        let link = link_with(Impairment::default(), egress);
+        both_ways(&link, WORLD_V4, MIB).await;
+    });
+}
+
+#[test]
+fn a_thousand_connections_stay_open_side_by_side() {
+    world(|| async {
+        const NUMBER: usize = 1024;
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 16384, 16384)
+            .unwrap();
+        let link = link();
+        let (listener, to) = listen(WORLD_V4).await;
+        let server = tokio::spawn(async move {
+            for _ in 0..NUMBER {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                tokio::spawn(async move {
+                    let mut byte = [0];
+                    while stream.read_exact(&mut byte).await.is_ok() {
+                        stream.write_all(&byte).await.unwrap();
+                    }
+                });
+            }
+        });
+        link.guest
+            .run(move || {
+                let mut streams: Vec<_> = (0..NUMBER).map(|_| dial(to).unwrap()).collect();
+                assert_eq!(dial(to).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+                for round in 0..3_u8 {
+                    for stream in &mut streams {
+                        stream.write_all(&[round]).unwrap();
+                    }
+                    for stream in &mut streams {
+                        let mut byte = [9];
+                        stream.read_exact(&mut byte).unwrap();
+                        assert_eq!(byte, [round]);
+                    }
+                }
+            })
+            .await;
+        server.await.unwrap();
+        assert_eq!(link.stack.counters().connections, NUMBER as u64);
+    });
+}

@@ -12,10 +12,11 @@ use smoltcp::wire::IpProtocol;
 use super::address::{MTU, guest_for, is_gateway};
 use super::answer::{self, Echo, Unreachable};
 use super::counters::count;
-use super::engine::{Engine, Key, Kind, Next};
+use super::engine::Engine;
 use super::names;
 use super::packet::{self, Packet};
 use super::slab::Token;
+use super::table::{Key, Kind, Next};
 use super::{Checksums, world};
 
 /// Silence that ends a flow.

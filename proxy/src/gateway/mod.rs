@@ -18,6 +18,7 @@ pub mod policy;
 mod slab;
 mod stack;
 mod stream;
+mod table;
 mod tcp;
 mod timers;
 mod world;

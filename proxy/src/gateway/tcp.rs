@@ -20,10 +20,11 @@ use super::address::{GATEWAY_V4, GUEST_V4, is_gateway};
 use super::answer::{self, Unreachable};
 use super::arena::GuestSocket;
 use super::counters::count;
-use super::engine::{Engine, Key, Kind, MAX_INBOUND, Next, Permit, Ready};
+use super::engine::{Engine, MAX_INBOUND};
 use super::packet::{self, Packet, Segment};
 use super::slab::Token;
 use super::stream::{ConnectError, GuestStream};
+use super::table::{Key, Kind, Next, Permit, Ready};
 use super::{Checksums, names, world};
 
 /// SYNs of one VM that wait for the world.

@@ -87,6 +87,7 @@ pub struct Impairment {
 pub struct Guest {
     namespace: Arc<OwnedFd>,
     relay: Option<JoinHandle<()>>,
+    channel: UnixStream,
     stop: UnixStream,
 }
 
@@ -114,13 +115,20 @@ impl Guest {
         })
         .join()
         .unwrap();
+        let channel = ours.try_clone().unwrap();
         let relay = std::thread::spawn(move || relay(tap, ours, stopped, impairment));
         let guest = Self {
             namespace,
             relay: Some(relay),
+            channel,
             stop,
         };
         (guest, theirs.into())
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &OwnedFd {
+        &self.namespace
     }
 
     /// Does something in the guest.
@@ -163,6 +171,8 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.stop.write_all(b"x");
+        // Wakes a relay that waits for the gateway.
+        let _ = self.channel.shutdown(std::net::Shutdown::Both);
         if let Some(relay) = self.relay.take() {
             let _ = relay.join();
         }
@@ -284,7 +294,66 @@ impl Wire {
     }
 }
 
+/// Frames as they are: one thread for each direction, many frames with one call.
+fn straight(tap: File, channel: UnixStream, stop: UnixStream) {
+    let reader = channel.try_clone().unwrap();
+    let writer = tap.try_clone().unwrap();
+    let back = std::thread::spawn(move || to_tap(writer, reader));
+    let (mut tap, mut channel) = (tap, channel);
+    let mut buffer = vec![0; 8 << 16];
+    loop {
+        let mut waits = [
+            PollFd::new(tap.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+        ];
+        poll(&mut waits, PollTimeout::NONE).unwrap();
+        if waits[1].any().unwrap() {
+            break;
+        }
+        let mut end = 0;
+        while buffer.len() - end > 66_000
+            && let Ok(length) = tap.read(&mut buffer[end + 4..])
+        {
+            let prefix = u32::try_from(length).unwrap().to_be_bytes();
+            buffer[end..end + 4].copy_from_slice(&prefix);
+            end += 4 + length;
+        }
+        // The gateway has ended; the guest hears nothing more.
+        if channel.write_all(&buffer[..end]).is_err() {
+            let _ = (&stop).read(&mut [0]);
+            break;
+        }
+    }
+    let _ = channel.shutdown(std::net::Shutdown::Both);
+    back.join().unwrap();
+}
+
+fn to_tap(mut tap: File, mut channel: UnixStream) {
+    let mut buffer = vec![0; 8 << 16];
+    let mut end = 0;
+    while let Ok(length) = channel.read(&mut buffer[end..])
+        && length > 0
+    {
+        end += length;
+        let mut start = 0;
+        while let Some(prefix) = buffer[..end].get(start..start + 4) {
+            let length = u32::from_be_bytes(prefix.try_into().unwrap()) as usize;
+            let Some(frame) = buffer[..end].get(start + 4..start + 4 + length) else {
+                break;
+            };
+            // What the guest's kernel does not take is lost.
+            let _ = tap.write(frame);
+            start += 4 + length;
+        }
+        buffer.copy_within(start..end, 0);
+        end -= start;
+    }
+}
+
 fn relay(mut tap: File, mut channel: UnixStream, stop: UnixStream, impairment: Impairment) {
+    if impairment.lost == 0 && impairment.repeated == 0 && impairment.delay == 0 {
+        return straight(tap, channel, stop);
+    }
     const WAITING: usize = 1 << 20;
     channel.set_nonblocking(true).unwrap();
     let mut to_channel: Vec<u8> = Vec::new();
