@@ -395,3 +395,45 @@ async fn progress_is_for_terminals_that_want_it() {
         assert_eq!(seen.contains("1.00 MiB"), expected, "{seen:?}");
     }
 }
+
+/// A disk of its own in a file, seen by what runs in this shell only.
+fn on_a_disk(directory: &Path, script: &str) -> std::process::Command {
+    let image = directory.join("image");
+    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-ec"])
+        .arg(format!(
+            "mkfs.ext4 -q image; mkdir disk; mount -o loop image disk; {script}"
+        ))
+        .current_dir(directory);
+    command
+}
+
+#[tokio::test]
+async fn a_tree_is_on_the_disk_when_the_copy_is_done() {
+    let machine = Machine::start().await;
+    let here = here();
+    let tree = machine.workspace().join("tree/deep");
+    fs::create_dir_all(&tree).unwrap();
+    fs::write(tree.join("file"), "so that it can be found again").unwrap();
+    // What only the page cache of the mounted file system has is not in the image's file.
+    let sup = sup(&machine, &[]);
+    let sup = sup.as_std();
+    let script = "\"$SUP\" cp \"$FROM\" disk/tree; \
+        printf 'never waited for' > disk/other; \
+        grep -c 'so that it can be found again' image; ! grep -q 'never waited for' image";
+    let mut command = on_a_disk(here.path(), script);
+    command.envs(
+        sup.get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    command
+        .env("SUP", sup.get_program())
+        .env("FROM", there("tree"));
+    let done = tokio::process::Command::from(command).output();
+    let done = soon(done).await.unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    assert_eq!(done.stdout, b"1\n", "{said}");
+}

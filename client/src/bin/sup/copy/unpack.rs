@@ -40,7 +40,7 @@ pub(super) struct Options {
     pub(super) all_links: bool,
 }
 
-/// Unpacks all of it into the directory, which is made when missing.
+/// Unpacks all of it into the directory, which is made when missing, and onto its disk.
 pub(super) fn unpack(
     from: impl Read,
     into: &Path,
@@ -68,7 +68,7 @@ pub(super) fn unpack(
     while let Some(entry) = archive.next()? {
         unpack.entry(&mut archive, &entry)?;
     }
-    unpack.close()
+    unpack.close()?.sync().map_err(wrong)
 }
 
 struct Unpack<'n> {
@@ -197,7 +197,7 @@ impl Unpack<'_> {
     }
 
     /// The innermost first: an outer one may keep us out.
-    fn close(mut self) -> Result<(), UnpackError> {
+    fn close(mut self) -> Result<Root, UnpackError> {
         while let Some((inside, mode)) = self.deferred.pop() {
             let mut close = || -> io::Result<()> {
                 let directory = self.root.directory(inside.parts())?.try_clone_to_owned()?;
@@ -208,7 +208,7 @@ impl Unpack<'_> {
                 cause,
             })?;
         }
-        Ok(())
+        Ok(self.root)
     }
 }
 
