@@ -102,6 +102,25 @@ fn an_appliance_out_of_reach_throws_even_from_exec_result() {
 }
 
 #[test]
+fn what_the_appliance_or_the_agent_refuses_or_breaks_is_a_result() {
+    let world = World::new();
+    let told = world.json(
+        "const vm = sup.vm(); return ['REFUSED', 'BROKEN', 'TOO_MANY_STREAMS'].map((c) => [vm.execResult(c).exitCode, vm.execResult(c).error])
+           .concat(['UNREACHABLE', 'UNAUTHENTICATED'].map((c) => { try { vm.execResult(c) } catch (e) { return e.code } }))",
+    );
+    assert_eq!(
+        told,
+        json!([
+            [255, "so it is"],
+            [255, "so it is"],
+            [255, "so it is"],
+            "UNREACHABLE",
+            "UNAUTHENTICATED"
+        ])
+    );
+}
+
+#[test]
 fn commands_and_options_that_make_no_sense_are_type_errors() {
     let world = World::new();
     let told = world.json(
