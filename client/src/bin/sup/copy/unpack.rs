@@ -38,6 +38,8 @@ pub(super) enum UnpackError {
 pub(super) struct Options {
     pub(super) sparse: bool,
     pub(super) all_links: bool,
+    /// Nothing of the tree was here before the copy, whatever earlier attempts have left.
+    pub(super) is_new: bool,
 }
 
 /// Unpacks all of it into the directory, which is made when missing, and onto its disk.
@@ -53,7 +55,7 @@ pub(super) fn unpack(
     };
     let is_new = match std::fs::create_dir(into) {
         Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => options.is_new,
         Err(error) => return Err(wrong(error)),
     };
     let mut unpack = Unpack {
@@ -108,7 +110,10 @@ impl Unpack<'_> {
         let mode = local_mode(entry.mode);
         let mut make = || -> io::Result<bool> {
             let (directory, is_new) = match inside.split() {
-                Some((parents, name)) => make_directory(self.root.directory(parents)?, name)?,
+                Some((parents, name)) => {
+                    let made = make_directory(self.root.directory(parents)?, name)?;
+                    (made.0, made.1 || self.options.is_new)
+                }
                 None => (self.root.directory(&[])?.try_clone_to_owned()?, self.is_new),
             };
             // Who may enter one that was here before is not for the VM to say.
