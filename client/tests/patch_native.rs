@@ -782,3 +782,215 @@ fn what_is_longer_than_any_fetch_may_be_is_refused_before_it_comes() {
     ));
     assert_eq!(told, json!(["SupVMError", "TOO_LARGE"]));
 }
+
+#[test]
+fn commands_and_options_that_make_no_sense_are_type_errors() {
+    let world = World::new();
+    let told = world.told(
+        "const name = (f) => { try { f(); return 'none' } catch (e) { return e.name } };
+         return [name(() => vm.exec([])), name(() => vm.exec(1)), name(() => vm.exec(['a', 1])), name(() => vm.exec('a\\0')),
+                 name(() => vm.exec('a', { env: { 'A=B': 1 } })), name(() => vm.session().setEnv('A\\0', '')),
+                 name(() => vm.exec(['a'], { cwd: 1 })), name(() => vm.upload(1)), name(() => vm.exec(''))]",
+    );
+    let mut expected = vec!["TypeError"; 8];
+    expected.push("none");
+    assert_eq!(told, json!(expected));
+}
+
+#[test]
+fn sessions_change_directories_by_text_alone() {
+    let world = World::new();
+    let told = world.told(
+        "const s = vm.session(); const seen = [];
+         for (const dir of ['app/./x', '../y/', '/srv//a/..', '../../..', 'b']) { s.cd(dir); seen.push(s.cwd) }
+         s.setEnv('A', 1); s.setEnv('B', 'x'); s.setEnv('B', undefined); s.env.C = 'not kept';
+         return [...seen, s.env]",
+    );
+    assert_eq!(
+        told,
+        json!(["/workspace/app/x", "/workspace/app/y", "/srv", "/", "/b", {"A": "1"}])
+    );
+}
+
+#[test]
+fn abandoned_loops_do_not_use_up_the_readers() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('echo one');
+         for (let i = 0; i < 300; i += 1) for (const piece of h.output()) break;
+         return [h.block(), h.tail(-1)]",
+    );
+    assert_eq!(told, json!(["one\n", []]));
+}
+
+#[test]
+fn uploads_are_named_by_type_and_downloads_have_the_class_of_their_content() {
+    let world = World::new();
+    let png = world.file("photo.jpg", PNG);
+    let told = world.told(&format!(
+        "const paths = [vm.upload(sup.image('{}')), vm.upload('text'), vm.upload('{{\"a\":1}}'), vm.upload('x', 'a/b.js'), vm.upload('y', '/tmp/z'),
+                 vm.upload(sup.file(new Uint8Array([0, 1, 2])))];
+         vm.exec('cp image.png misnamed.txt'); const image = vm.download('misnamed.txt');
+         vm.upload('x', 'a.csv'); const file = vm.download('/workspace/a.csv');
+         return [paths, vm.exec('ls'), vm.cat('a/b.js') + vm.cat('/tmp/z'),
+           image instanceof SupImage, image.mimeType, image.filename, image.size, file instanceof SupFile, file.mimeType]",
+        png.display()
+    ));
+    assert_eq!(
+        told,
+        json!([
+            [
+                "image.png",
+                "file.txt",
+                "file.json",
+                "a/b.js",
+                "/tmp/z",
+                "file.bin"
+            ],
+            "a\na.csv\nfile.bin\nfile.json\nfile.txt\nimage.png\nmisnamed.txt\n",
+            "xy",
+            true,
+            "image/png",
+            "misnamed.txt",
+            PNG.len(),
+            true,
+            "text/csv"
+        ])
+    );
+}
+
+#[test]
+fn files_that_cannot_be_give_a_code_and_their_path() {
+    let world = World::new();
+    let told = world.told(
+        "vm.exec('mkdir dir; head -c 33554433 /dev/zero > big');
+         return [thrown(() => vm.upload('x', 'dir/')), thrown(() => vm.upload('x', '')), thrown(() => vm.download('none').size),
+                 thrown(() => [...vm.uploadStreaming('x', 'dir').progress()]), thrown(() => sup.file('/nowhere/x')), thrown(() => vm.cat('big'))]",
+    );
+    let error = |code: &str, path: &str| json!(["SupVMFileError", code, path]);
+    assert_eq!(
+        told,
+        json!([
+            error("EISDIR", "dir/"),
+            error("EISDIR", ""),
+            error("ENOENT", "/workspace/none"),
+            error("EISDIR", "/workspace/dir"),
+            error("ENOENT", "/nowhere/x"),
+            error("EFBIG", "big"),
+        ])
+    );
+}
+
+#[test]
+fn the_end_waits_for_transfers_and_tells_of_failed_ones() {
+    let world = World::new();
+    let (code, out, said) = world.run(
+        "const vm = sup.vm(); vm.exec('mkdir dir'); sup.global.set('vm', vm);
+         vm.uploadStreaming('x'.repeat(3e6), 'here'); vm.uploadStreaming('x', 'dir')",
+        &[],
+    );
+    assert_eq!((code, out.as_str()), (1, ""), "{said}");
+    assert!(said.contains("upload to dir"), "{said}");
+    let size = world.json("const vm = sup.global.get('vm'); const size = vm.exec('wc -c < here'); vm.delete(); return size");
+    assert_eq!(size, json!("3000000\n"));
+}
+
+#[test]
+fn inputs_are_media_and_texts_in_their_order() {
+    let world = World::new();
+    let image = world.file("a.png", PNG).display().to_string();
+    let text = world.file("b.txt", "hello").display().to_string();
+    let (code, out, said) = world.run(
+        "const { text, texts, image, images, file, video, videos } = sup.input;
+         return [text, texts, image instanceof SupImage, images.length, file.filename, file.mimeType, file.size, video === undefined, videos]",
+        &["--json", "--text", "one", "--text", "two", "--image", &image, "--file", &text],
+    );
+    assert_eq!(code, 0, "{said}");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        told,
+        json!([
+            "one",
+            ["one", "two"],
+            true,
+            1,
+            "b.txt",
+            "text/plain",
+            5,
+            true,
+            []
+        ])
+    );
+    let (code, _, said) = world.run("return 1", &["--image", &text]);
+    assert_eq!(code, 1);
+    assert!(said.contains("is text/plain, not an image"), "{said}");
+}
+
+/// A web server that gives every connection this answer.
+fn answers(status: &'static str, body: &'static str) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let _ = connection.read(&mut [0; 4096]);
+            let length = body.len();
+            let head = format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+            );
+            let _ = connection.write_all(format!("{head}{body}").as_bytes());
+        }
+    });
+    format!("http://{address}")
+}
+
+#[test]
+fn a_string_that_is_an_address_is_fetched_and_keeps_its_name_unless_it_is_refused() {
+    let world = World::new();
+    let (host, none) = (answers("200 OK", "a,b\n"), answers("404 Not Found", "no"));
+    let told = world.told(&format!(
+        "const media = sup.file('{host}/x.csv');
+         return [vm.upload('{host}/data%201.csv?x'), vm.cat('data 1.csv'), vm.upload('{host}/'), vm.cat('file.txt'), vm.upload('see {host}/x'),
+           media.url === '{host}/x.csv', media.filename, media.size, thrown(() => vm.upload('{none}/x'))]"
+    ));
+    assert_eq!(
+        told,
+        json!([
+            "data 1.csv",
+            "a,b\n",
+            "file.txt",
+            "a,b\n",
+            "file.txt",
+            true,
+            "x.csv",
+            4,
+            ["SupVMError", "HTTP_404", null]
+        ])
+    );
+}
+
+#[test]
+fn a_vm_that_another_object_deleted_is_an_error_of_each_handle_and_its_own_deletion_throws() {
+    let world = World::new();
+    let told = world.json(
+        "const vm = sup.vm(); sup.global.set('vm', vm); sup.global.get('vm').delete();
+         const thrown = (f) => { try { f() } catch (e) { return [e.name, e.code ?? e.exitCode, e.reason ?? null] } };
+         const late = vm.execStreaming('x');
+         const seen = [late.status, thrown(() => late.block()), [...late.output()], late.tail(3), thrown(() => late.sendStdin('x'))];
+         vm.delete(); vm.delete();
+         return [...seen, thrown(() => vm.execResult('x')), thrown(() => vm.session()), typeof vm.id]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            {"state": "error", "exitCode": 255},
+            ["SupVMExecError", 255, "VM not found"],
+            [],
+            [],
+            ["SupVMError", "NOT_RUNNING", null],
+            ["SupVMError", "VM_DELETED", null],
+            ["SupVMError", "VM_DELETED", null],
+            "string",
+        ])
+    );
+}
