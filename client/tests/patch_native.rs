@@ -379,7 +379,7 @@ fn output_beyond_what_a_call_returns_is_a_failure_that_says_so_and_ends_the_comm
 }
 
 #[test]
-fn a_generator_that_nobody_draws_from_holds_no_process_back_and_tells_what_was_dropped() {
+fn a_generator_that_is_drawn_from_late_tells_what_was_dropped_before_and_the_process_has_gone_on() {
     let world = World::new();
     let told = world.told(
         "const h = vm.execStreaming('yes 123456789 | head -c 80000000; echo end'); const reader = h.output();
