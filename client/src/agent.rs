@@ -19,6 +19,14 @@ use crate::frames::{self, FrameWriter, Frames};
 pub(crate) type Io = Compat<yamux::Stream>;
 
 /// A stream to a VM's agent.
+///
+/// ```no_run
+/// # async fn example(client: client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// let stream = client.vm("web".parse()?).open().await?;
+/// println!("{:?}", stream.opened);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct AgentStream {
     /// Which VM, and which of its runs.

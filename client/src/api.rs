@@ -1,6 +1,6 @@
 //! What an appliance can be asked: lifecycle requests, each on a stream of its own. A request that
-//! failed for the appliance's own reasons is repeated a few times where the appliance says that it
-//! is safe; one whose connection was lost is not, but the next one connects again.
+//! failed for the appliance's own reasons, or because its VM went down just then, is repeated a few
+//! times where the appliance says that it is safe; one whose connection was lost is not, but the next one connects again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -252,7 +252,9 @@ pub(crate) fn pause_before_repeat(error: &ClientError, repeats: u32) -> Option<D
     };
     // Whoever asks for room that is not there should hear of it, not wait for it.
     let full = body.code == ErrorCode::NoCapacity;
-    if body.fault != Fault::Host || full || repeats >= RETRIES {
+    // A VM that went down in this moment, as one does that reboots itself, is started by the repeat.
+    let passes = body.fault == Fault::Host || body.code == ErrorCode::VmStopped;
+    if !passes || full || repeats >= RETRIES {
         return None;
     }
     match body.retry {
@@ -271,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_appliances_own_faults_are_repeated_and_only_where_it_is_safe() {
+    fn the_appliances_own_faults_and_a_vm_that_went_down_are_repeated_where_it_is_safe() {
         let host = ErrorBody::host(ErrorCode::Unavailable, "x");
         let pause = |body: &ErrorBody, repeats| {
             pause_before_repeat(&ClientError::Refused(body.clone()), repeats)
@@ -285,6 +287,11 @@ mod tests {
         assert!(pause(&full, 0).is_none());
         let caller = ErrorBody::caller(ErrorCode::Busy, "x").retryable();
         assert!(pause(&caller, 0).is_none());
+        let went_down = ErrorBody::guest(ErrorCode::VmStopped, "x");
+        assert!(pause(&went_down, 0).is_none());
+        let went_down = went_down.retryable_after_ms(1);
+        assert!(pause(&went_down, 0).is_some());
+        assert!(pause(&went_down, RETRIES).is_none());
         assert!(pause_before_repeat(&ClientError::AgentGone, 0).is_none());
     }
 }

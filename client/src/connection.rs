@@ -134,10 +134,12 @@ impl Connection {
 
     /// Opens a stream, waiting while as many are open as may be.
     pub(crate) async fn stream(self: &Arc<Self>) -> Result<Stream, ClientError> {
-        let seat = Arc::clone(&self.seats)
-            .acquire_owned()
-            .await
-            .map_err(|_| self.lost())?;
+        // Those who hold the seats may never look at their streams again, be the connection gone.
+        let seat = tokio::select! {
+            biased;
+            () = self.open.closed() => return Err(self.lost()),
+            seat = Arc::clone(&self.seats).acquire_owned() => seat.map_err(|_| self.lost())?,
+        };
         let (reply, stream) = oneshot::channel();
         let stream = self.want(Wanted::Stream(reply), stream).await;
         let stream = stream.ok_or_else(|| self.lost())?;
@@ -209,6 +211,10 @@ async fn drive(
     let broken = |reason: &str| Poll::Ready(End::Broken(reason.to_owned()));
     let reason = poll_fn(|cx| {
         loop {
+            if asked.len() >= MOST_STREAMS as usize {
+                // Whoever has given up has given back their seat, too: the rest are fewer.
+                asked.retain(|reply| !reply.is_closed());
+            }
             if asked.len() < MOST_STREAMS as usize {
                 match wanted.poll_recv(cx) {
                     Poll::Ready(Some(Wanted::Stream(reply))) => asked.push_back(reply),

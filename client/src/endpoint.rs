@@ -26,6 +26,11 @@ pub enum Endpoint {
 }
 
 /// Why a text is no endpoint.
+///
+/// ```
+/// let error = "http://example.org".parse::<client::Endpoint>().unwrap_err();
+/// assert!(error.to_string().contains("give https://HOST:PORT or unix:/PATH"));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is no endpoint: {reason}; give https://HOST:PORT or unix:/PATH")]
 pub struct EndpointError {

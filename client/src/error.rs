@@ -10,6 +10,20 @@ use crate::endpoint::Endpoint;
 use crate::file::FileError;
 
 /// Who has to change something for the request to succeed.
+///
+/// ```no_run
+/// # async fn example(client: client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// if let Err(error) = client.list().await {
+///     let whose = match error.side() {
+///         client::Side::Network => "the way there",
+///         client::Side::Caller => "the request",
+///         _ => "the appliance or the VM",
+///     };
+///     println!("{whose}: {error}");
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Side {

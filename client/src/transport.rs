@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::hello::ALPN;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -21,6 +21,9 @@ use crate::trust::Trust;
 
 /// How long connecting and the handshake may take, each.
 const STEP: Duration = Duration::from_secs(10);
+
+/// Bytes that are read of a socket under TLS at once: rustls itself asks for 4 KiB at a time.
+const READ_AHEAD: usize = 64 << 10;
 
 /// A socket of either kind.
 pub(crate) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -47,7 +50,7 @@ pub(crate) async fn connect(
 pub(crate) async fn connect_tls(
     endpoint: &Endpoint,
     config: Arc<rustls::ClientConfig>,
-) -> Result<TlsStream<TcpStream>, ClientError> {
+) -> Result<TlsStream<BufReader<TcpStream>>, ClientError> {
     let Endpoint::Tls { host, port } = endpoint else {
         let cause = io::Error::other("a Unix socket carries no TLS");
         return Err(refused(endpoint, cause));
@@ -60,6 +63,7 @@ pub(crate) async fn connect_tls(
     let socket = within(endpoint, connect_tcp(host, *port))
         .await?
         .map_err(|cause| refused(endpoint, cause))?;
+    let socket = BufReader::with_capacity(READ_AHEAD, socket);
     let stream = within(endpoint, TlsConnector::from(config).connect(name, socket))
         .await?
         .map_err(failed)?;

@@ -33,6 +33,11 @@ pub struct Trust {
 }
 
 /// Why a file gives no trust.
+///
+/// ```
+/// let error = client::Trust::from_pem(b"no certificate").unwrap_err();
+/// assert!(matches!(error, client::TrustError::NotPem(_)));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
     /// The file cannot be read.
@@ -100,6 +105,16 @@ impl Trust {
 }
 
 /// What an appliance says its certificate authority is.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let fetched = client::fetch_ca(&"https://supvm.localhost:7443".parse()?).await?;
+/// println!("does the console show {}?", fetched.sha256);
+/// let trust = client::Trust::from_pem(fetched.pem.as_bytes())?;
+/// # let _ = trust;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fetched {
     /// The certificate, as the text of a PEM file.

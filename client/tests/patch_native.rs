@@ -345,7 +345,8 @@ fn what_was_kept_comes_back_alive_in_the_next_run() {
     let third = world.json(
         "const { vm, h } = sup.global.get('all'); const same = sup.global.get('all').vm; same.delete(); same.delete();
          const code = (f) => { try { f() } catch (e) { return e.code ?? e.reason } };
-         return [vm.execResult('true'), h.status, vm.execStreaming('true').blockResult().error, code(() => same.exec('true')), code(() => vm.exec('true'))]",
+         return [vm.execResult('true'), h.status, vm.execStreaming('true').blockResult().error, code(() => same.exec('true')), code(() => vm.exec('true')),
+           [...h.output()], [...h.stderr()], h.tail(3), h.blockResult().error, code(() => h.block()), code(() => h.sendStdin('x'))]",
     );
     assert_eq!(
         third,
@@ -355,8 +356,68 @@ fn what_was_kept_comes_back_alive_in_the_next_run() {
             "VM not found",
             "VM_DELETED",
             "VM not found",
+            [],
+            [],
+            [],
+            "VM not found",
+            "VM not found",
+            "VM_NOT_FOUND",
         ])
     );
+}
+
+#[test]
+fn output_beyond_what_a_call_returns_is_a_failure_that_says_so_and_ends_the_command() {
+    let world = World::new();
+    let told = world.told(
+        "const much = vm.execResult('echo $$ > pid; exec yes 123456789');
+         const gone = vm.exec('kill -0 $(cat pid) 2>&1 || echo gone').includes('gone');
+         return [much.exitCode, much.error.includes('execStreaming'), much.output === much.stdout, much.output.length < 2e6,
+           much.output.startsWith('123456789\\n'), /dropped here]\\n$/.test(much.output), gone]",
+    );
+    assert_eq!(told, json!([255, true, true, true, true, true, true]));
+}
+
+#[test]
+fn a_generator_that_is_drawn_from_late_tells_what_was_dropped_before_and_the_process_has_gone_on() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('yes 123456789 | head -c 80000000; echo end'); const reader = h.output();
+         for (let i = 0; h.status.state === 'running' && i < 600; i += 1) sup.sleep(50);
+         const state = h.status.state; const first = reader.next().value; reader.return();
+         return [state, first.replace(/[0-9]+/, 'N').split('\\n')[0]]",
+    );
+    let marker = "[supvm: N bytes of output were dropped here]";
+    assert_eq!(told, json!(["exited", marker]));
+}
+
+#[test]
+fn a_second_interrupt_ends_it_at_once_and_leaves_no_temporary_files() {
+    let world = World::new();
+    let temporary = world.home.path().join("tmp");
+    std::fs::create_dir(&temporary).unwrap();
+    let mut command = world.sup(
+        "const vm = sup.vm(); sup.file(new Uint8Array([1])); sup.status(vm.id);
+         vm.exec(\"trap 'touch asked' TERM; touch here; while :; do sleep 0.01; done\")",
+        &[],
+    );
+    let mut run = command.env("TMPDIR", &temporary).spawn().unwrap();
+    let mut id = String::new();
+    let mut said = BufReader::new(run.stderr.take().unwrap());
+    said.read_line(&mut id).unwrap();
+    let workspace = world.appliance.root_of(id.trim()).join("workspace");
+    let pid = nix::unistd::Pid::from_raw(run.id().try_into().unwrap());
+    for sign in ["here", "asked"] {
+        let begin = Instant::now();
+        while !workspace.join(sign).exists() {
+            assert!(begin.elapsed() < HANG, "{sign}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_ne!(std::fs::read_dir(&temporary).unwrap().count(), 0, "{sign}");
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    }
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
 #[test]
@@ -520,38 +581,148 @@ fn a_lost_connection_in_the_middle_of_a_command_loses_nothing_of_it() {
     assert_eq!(told, json!([whole, whole]));
 }
 
+#[test]
+fn an_upload_goes_on_after_a_lost_connection_whatever_its_source() {
+    let world = World::new();
+    let (url, fetches) = serves(LONG);
+    let near = world.home.path().join("wire");
+    let wire = Wire::new(&near, world.appliance.unix());
+    let script = "const vm = sup.vm(); sup.status('go');
+         const path = vm.upload(sup.input.text.startsWith('http') ? sup.input.text : sup.input.text.repeat(1e6), 'long');
+         const handle = vm.uploadStreaming('short', 'next'); const seen = [...handle.progress()];
+         const told = [path, vm.exec('sha256sum < long; ls -A | wc -l'), seen.at(-1)];
+         vm.delete(); return told";
+    let text = "0123456789";
+    for (input, length, first) in [(text, LONG, b'0'), (url.as_str(), LONG, b'x')] {
+        // Of the bytes so many pass: it breaks in the middle of the long one.
+        wire.cut_behind(LONG / 2);
+        let mut command = world.sup(script, &["--json", "--text", input]);
+        let endpoint = format!("unix:{}", near.display());
+        let done = command.env("SUP_ENDPOINT", endpoint).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(said, "go\n");
+        assert!(wire.was_cut(), "nothing was lost");
+        let content = match first {
+            b'x' => vec![b'x'; length],
+            _ => text.repeat(length / 10).into_bytes(),
+        };
+        let told: Value = serde_json::from_slice(&done.stdout).unwrap();
+        let sum = sha256(&content);
+        // Two files, and nothing that is hidden.
+        assert_eq!(told, json!(["long", format!("{sum}  -\n2\n"), 100]));
+    }
+    assert_eq!(fetches.try_iter().count(), 2, "the server was asked again");
+}
+
+const LONG: usize = 10_000_000;
+
+fn sha256(bytes: &[u8]) -> String {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let done = child.wait_with_output().unwrap();
+    String::from_utf8(done.stdout).unwrap()[..64].to_owned()
+}
+
+/// A web server whose content is so long, and word of every request.
+fn serves(length: usize) -> (String, mpsc::Receiver<()>) {
+    let (tell, asked) = mpsc::channel();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let (mut connection, tell) = (connection.unwrap(), tell.clone());
+            std::thread::spawn(move || {
+                let _ = connection.read(&mut [0; 4096]);
+                let _ = tell.send(());
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+                );
+                let _ = connection.write_all(head.as_bytes());
+                // Whoever asks again leaves the first answer where it is.
+                let _ = connection.write_all(&vec![b'x'; length]);
+            });
+        }
+    });
+    (format!("http://{address}/"), asked)
+}
+
 /// Passes bytes on between `sup` and the appliance, until it is cut.
-struct Wire(Arc<Mutex<Vec<UnixStream>>>);
+struct Wire(Arc<Mutex<Cuttable>>);
+
+#[derive(Default)]
+struct Cuttable {
+    ends: Vec<UnixStream>,
+    /// After so many bytes from `sup` it is cut.
+    left: Option<usize>,
+}
+
+impl Cuttable {
+    fn cut(&mut self) -> usize {
+        let ends = std::mem::take(&mut self.ends);
+        for end in &ends {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+        ends.len()
+    }
+
+    fn passes(&mut self, count: usize) {
+        if let Some(left) = &mut self.left {
+            if count > *left {
+                self.left = None;
+                self.cut();
+            } else {
+                *left -= count;
+            }
+        }
+    }
+}
 
 impl Wire {
     fn new(near: &Path, far: String) -> Self {
         let listener = UnixListener::bind(near).unwrap();
-        let made = Arc::new(Mutex::new(Vec::new()));
+        let made = Arc::new(Mutex::new(Cuttable::default()));
         let kept = Arc::clone(&made);
         std::thread::spawn(move || {
             let far = far.strip_prefix("unix:").unwrap();
             for near in listener.incoming() {
                 let (near, far) = (near.unwrap(), UnixStream::connect(far).unwrap());
-                for (from, to) in [(&near, &far), (&far, &near)] {
+                for (from, to, counts) in [(&near, &far, true), (&far, &near, false)] {
                     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let kept = Arc::clone(&kept);
                     std::thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut to);
+                        let mut buffer = vec![0; 64 << 10];
+                        while let Ok(count @ 1..) = from.read(&mut buffer) {
+                            if counts {
+                                kept.lock().unwrap().passes(count);
+                            }
+                            if to.write_all(&buffer[..count]).is_err() {
+                                break;
+                            }
+                        }
                         let _ = to.shutdown(Shutdown::Both);
                     });
                 }
-                kept.lock().unwrap().extend([near, far]);
+                kept.lock().unwrap().ends.extend([near, far]);
             }
         });
         Self(made)
     }
 
+    fn cut_behind(&self, bytes: usize) {
+        self.0.lock().unwrap().left = Some(bytes);
+    }
+
+    fn was_cut(&self) -> bool {
+        self.0.lock().unwrap().left.is_none()
+    }
+
     /// Says how many ends there were.
     fn cut(&self) -> usize {
-        let ends = std::mem::take(&mut *self.0.lock().unwrap());
-        for end in &ends {
-            let _ = end.shutdown(Shutdown::Both);
-        }
-        ends.len()
+        self.0.lock().unwrap().cut()
     }
 }
 
@@ -610,4 +781,216 @@ fn what_is_longer_than_any_fetch_may_be_is_refused_before_it_comes() {
         "try {{ sup.file('{url}') }} catch (e) {{ return [e.name, e.code] }}"
     ));
     assert_eq!(told, json!(["SupVMError", "TOO_LARGE"]));
+}
+
+#[test]
+fn commands_and_options_that_make_no_sense_are_type_errors() {
+    let world = World::new();
+    let told = world.told(
+        "const name = (f) => { try { f(); return 'none' } catch (e) { return e.name } };
+         return [name(() => vm.exec([])), name(() => vm.exec(1)), name(() => vm.exec(['a', 1])), name(() => vm.exec('a\\0')),
+                 name(() => vm.exec('a', { env: { 'A=B': 1 } })), name(() => vm.session().setEnv('A\\0', '')),
+                 name(() => vm.exec(['a'], { cwd: 1 })), name(() => vm.upload(1)), name(() => vm.exec(''))]",
+    );
+    let mut expected = vec!["TypeError"; 8];
+    expected.push("none");
+    assert_eq!(told, json!(expected));
+}
+
+#[test]
+fn sessions_change_directories_by_text_alone() {
+    let world = World::new();
+    let told = world.told(
+        "const s = vm.session(); const seen = [];
+         for (const dir of ['app/./x', '../y/', '/srv//a/..', '../../..', 'b']) { s.cd(dir); seen.push(s.cwd) }
+         s.setEnv('A', 1); s.setEnv('B', 'x'); s.setEnv('B', undefined); s.env.C = 'not kept';
+         return [...seen, s.env]",
+    );
+    assert_eq!(
+        told,
+        json!(["/workspace/app/x", "/workspace/app/y", "/srv", "/", "/b", {"A": "1"}])
+    );
+}
+
+#[test]
+fn abandoned_loops_do_not_use_up_the_readers() {
+    let world = World::new();
+    let told = world.told(
+        "const h = vm.execStreaming('echo one');
+         for (let i = 0; i < 300; i += 1) for (const piece of h.output()) break;
+         return [h.block(), h.tail(-1)]",
+    );
+    assert_eq!(told, json!(["one\n", []]));
+}
+
+#[test]
+fn uploads_are_named_by_type_and_downloads_have_the_class_of_their_content() {
+    let world = World::new();
+    let png = world.file("photo.jpg", PNG);
+    let told = world.told(&format!(
+        "const paths = [vm.upload(sup.image('{}')), vm.upload('text'), vm.upload('{{\"a\":1}}'), vm.upload('x', 'a/b.js'), vm.upload('y', '/tmp/z'),
+                 vm.upload(sup.file(new Uint8Array([0, 1, 2])))];
+         vm.exec('cp image.png misnamed.txt'); const image = vm.download('misnamed.txt');
+         vm.upload('x', 'a.csv'); const file = vm.download('/workspace/a.csv');
+         return [paths, vm.exec('ls'), vm.cat('a/b.js') + vm.cat('/tmp/z'),
+           image instanceof SupImage, image.mimeType, image.filename, image.size, file instanceof SupFile, file.mimeType]",
+        png.display()
+    ));
+    assert_eq!(
+        told,
+        json!([
+            [
+                "image.png",
+                "file.txt",
+                "file.json",
+                "a/b.js",
+                "/tmp/z",
+                "file.bin"
+            ],
+            "a\na.csv\nfile.bin\nfile.json\nfile.txt\nimage.png\nmisnamed.txt\n",
+            "xy",
+            true,
+            "image/png",
+            "misnamed.txt",
+            PNG.len(),
+            true,
+            "text/csv"
+        ])
+    );
+}
+
+#[test]
+fn files_that_cannot_be_give_a_code_and_their_path() {
+    let world = World::new();
+    let told = world.told(
+        "vm.exec('mkdir dir; head -c 33554433 /dev/zero > big');
+         return [thrown(() => vm.upload('x', 'dir/')), thrown(() => vm.upload('x', '')), thrown(() => vm.download('none').size),
+                 thrown(() => [...vm.uploadStreaming('x', 'dir').progress()]), thrown(() => sup.file('/nowhere/x')), thrown(() => vm.cat('big'))]",
+    );
+    let error = |code: &str, path: &str| json!(["SupVMFileError", code, path]);
+    assert_eq!(
+        told,
+        json!([
+            error("EISDIR", "dir/"),
+            error("EISDIR", ""),
+            error("ENOENT", "/workspace/none"),
+            error("EISDIR", "/workspace/dir"),
+            error("ENOENT", "/nowhere/x"),
+            error("EFBIG", "big"),
+        ])
+    );
+}
+
+#[test]
+fn the_end_waits_for_transfers_and_tells_of_failed_ones() {
+    let world = World::new();
+    let (code, out, said) = world.run(
+        "const vm = sup.vm(); vm.exec('mkdir dir'); sup.global.set('vm', vm);
+         vm.uploadStreaming('x'.repeat(3e6), 'here'); vm.uploadStreaming('x', 'dir')",
+        &[],
+    );
+    assert_eq!((code, out.as_str()), (1, ""), "{said}");
+    assert!(said.contains("upload to dir"), "{said}");
+    let size = world.json("const vm = sup.global.get('vm'); const size = vm.exec('wc -c < here'); vm.delete(); return size");
+    assert_eq!(size, json!("3000000\n"));
+}
+
+#[test]
+fn inputs_are_media_and_texts_in_their_order() {
+    let world = World::new();
+    let image = world.file("a.png", PNG).display().to_string();
+    let text = world.file("b.txt", "hello").display().to_string();
+    let (code, out, said) = world.run(
+        "const { text, texts, image, images, file, video, videos } = sup.input;
+         return [text, texts, image instanceof SupImage, images.length, file.filename, file.mimeType, file.size, video === undefined, videos]",
+        &["--json", "--text", "one", "--text", "two", "--image", &image, "--file", &text],
+    );
+    assert_eq!(code, 0, "{said}");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        told,
+        json!([
+            "one",
+            ["one", "two"],
+            true,
+            1,
+            "b.txt",
+            "text/plain",
+            5,
+            true,
+            []
+        ])
+    );
+    let (code, _, said) = world.run("return 1", &["--image", &text]);
+    assert_eq!(code, 1);
+    assert!(said.contains("is text/plain, not an image"), "{said}");
+}
+
+/// A web server that gives every connection this answer.
+fn answers(status: &'static str, body: &'static str) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let _ = connection.read(&mut [0; 4096]);
+            let length = body.len();
+            let head = format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+            );
+            let _ = connection.write_all(format!("{head}{body}").as_bytes());
+        }
+    });
+    format!("http://{address}")
+}
+
+#[test]
+fn a_string_that_is_an_address_is_fetched_and_keeps_its_name_unless_it_is_refused() {
+    let world = World::new();
+    let (host, none) = (answers("200 OK", "a,b\n"), answers("404 Not Found", "no"));
+    let told = world.told(&format!(
+        "const media = sup.file('{host}/x.csv');
+         return [vm.upload('{host}/data%201.csv?x'), vm.cat('data 1.csv'), vm.upload('{host}/'), vm.cat('file.txt'), vm.upload('see {host}/x'),
+           media.url === '{host}/x.csv', media.filename, media.size, thrown(() => vm.upload('{none}/x'))]"
+    ));
+    assert_eq!(
+        told,
+        json!([
+            "data 1.csv",
+            "a,b\n",
+            "file.txt",
+            "a,b\n",
+            "file.txt",
+            true,
+            "x.csv",
+            4,
+            ["SupVMError", "HTTP_404", null]
+        ])
+    );
+}
+
+#[test]
+fn a_vm_that_another_object_deleted_is_an_error_of_each_handle_and_its_own_deletion_throws() {
+    let world = World::new();
+    let told = world.json(
+        "const vm = sup.vm(); sup.global.set('vm', vm); sup.global.get('vm').delete();
+         const thrown = (f) => { try { f() } catch (e) { return [e.name, e.code ?? e.exitCode, e.reason ?? null] } };
+         const late = vm.execStreaming('x');
+         const seen = [late.status, thrown(() => late.block()), [...late.output()], late.tail(3), thrown(() => late.sendStdin('x'))];
+         vm.delete(); vm.delete();
+         return [...seen, thrown(() => vm.execResult('x')), thrown(() => vm.session()), typeof vm.id]",
+    );
+    assert_eq!(
+        told,
+        json!([
+            {"state": "error", "exitCode": 255},
+            ["SupVMExecError", 255, "VM not found"],
+            [],
+            [],
+            ["SupVMError", "NOT_RUNNING", null],
+            ["SupVMError", "VM_DELETED", null],
+            ["SupVMError", "VM_DELETED", null],
+            "string",
+        ])
+    );
 }

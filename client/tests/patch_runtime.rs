@@ -1,4 +1,7 @@
-//! Scripts: results, errors, interruption, memory, console and the store.
+//! Scripts: results, errors, interruption, memory, console and the store. They run within the test,
+//! because it chooses what `sup run` has no option for (the limit of memory, the width of the terminal,
+//! the user, a second patch's store) and looks at what a script said piece by piece; the few VMs among
+//! them are in memory and stand for any.
 #![cfg(feature = "patch")]
 #![allow(clippy::unwrap_used, missing_docs)]
 

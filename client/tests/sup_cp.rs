@@ -290,12 +290,14 @@ async fn a_download_goes_on_after_a_break_and_after_ctrl_c_where_it_was() {
     assert_eq!(output.status.code(), Some(130));
     assert!(!to.exists());
     let had = fs::metadata(&part).unwrap().len();
-    // What is there already is not fetched again: this byte stays ours.
-    let file = fs::OpenOptions::new().write(true).open(&part).unwrap();
-    file.write_all_at(b"!", 0).unwrap();
     let child = sup(&machine, &arguments).spawn().unwrap();
     let grown = async {
-        while fs::metadata(&part).is_ok_and(|about| about.len() <= had) {
+        // What is there already is not fetched again: it never becomes shorter.
+        while let Ok(about) = fs::metadata(&part) {
+            assert!(about.len() >= had);
+            if about.len() > had {
+                break;
+            }
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     };
@@ -304,10 +306,49 @@ async fn a_download_goes_on_after_a_break_and_after_ctrl_c_where_it_was() {
     let output = soon(child.wait_with_output()).await.unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{said}");
-    let read = fs::read(&to).unwrap();
-    assert_eq!((read.len(), read[0]), (LONG, b'!'));
-    assert!(read[1..].iter().all(|byte| *byte == b'x'));
+    assert!(fs::read(&to).unwrap() == vec![b'x'; LONG]);
     assert_eq!(names(here.path()), ["f"]);
+}
+
+#[tokio::test]
+async fn what_an_earlier_copy_has_brought_is_compared_before_it_counts() {
+    let machine = Machine::start().await;
+    let here = here();
+    fs::write(machine.workspace().join("f"), vec![b'x'; LONG]).unwrap();
+    let to = here.path().join("f");
+    let arguments = ["cp", &there("f"), &text(&to)];
+    let child = sup(&machine, &arguments).spawn().unwrap();
+    let part = waiting(here.path()).await;
+    interrupt(&child);
+    soon(child.wait_with_output()).await.unwrap();
+    // As if it had been brought from another file under the same signs.
+    let file = fs::OpenOptions::new().write(true).open(&part).unwrap();
+    file.write_all_at(b"!", 0).unwrap();
+    let (code, _, said) = run(&machine, &arguments).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("checksum differs"), "{said}");
+    assert_eq!(names(here.path()), [""; 0]);
+    copy(&machine, &arguments[1..]).await;
+    assert!(fs::read(&to).unwrap() == vec![b'x'; LONG]);
+}
+
+#[tokio::test]
+async fn a_file_that_exists_keeps_its_rights_and_a_directory_in_the_way_is_told_at_once() {
+    let machine = Machine::start().await;
+    let here = here();
+    let to = here.path().join("f");
+    fs::write(machine.workspace().join("f"), "new").unwrap();
+    fs::write(&to, "old").unwrap();
+    fs::set_permissions(&to, fs::Permissions::from_mode(0o600)).unwrap();
+    copy(&machine, &[&there("f"), &text(&to)]).await;
+    assert_eq!(fs::read(&to).unwrap(), b"new");
+    assert_eq!(fs::metadata(&to).unwrap().mode() & 0o7777, 0o600);
+    fs::create_dir_all(here.path().join("d/f")).unwrap();
+    let into = text(&here.path().join("d"));
+    let (code, _, said) = run(&machine, &["cp", &there("f"), &into]).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("is a directory"), "{said}");
+    assert_eq!(names(&here.path().join("d")), ["f"]);
 }
 
 #[tokio::test]
@@ -394,4 +435,46 @@ async fn progress_is_for_terminals_that_want_it() {
         let seen = read_until(&mut master, "THE END").await;
         assert_eq!(seen.contains("1.00 MiB"), expected, "{seen:?}");
     }
+}
+
+/// A disk of its own in a file, seen by what runs in this shell only.
+fn on_a_disk(directory: &Path, script: &str) -> std::process::Command {
+    let image = directory.join("image");
+    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-ec"])
+        .arg(format!(
+            "mkfs.ext4 -q image; mkdir disk; mount -o loop image disk; {script}"
+        ))
+        .current_dir(directory);
+    command
+}
+
+#[tokio::test]
+async fn a_tree_is_on_the_disk_when_the_copy_is_done() {
+    let machine = Machine::start().await;
+    let here = here();
+    let tree = machine.workspace().join("tree/deep");
+    fs::create_dir_all(&tree).unwrap();
+    fs::write(tree.join("file"), "so that it can be found again").unwrap();
+    // What only the page cache of the mounted file system has is not in the image's file.
+    let sup = sup(&machine, &[]);
+    let sup = sup.as_std();
+    let script = "\"$SUP\" cp \"$FROM\" disk/tree; \
+        printf 'never waited for' > disk/other; \
+        grep -c 'so that it can be found again' image; ! grep -q 'never waited for' image";
+    let mut command = on_a_disk(here.path(), script);
+    command.envs(
+        sup.get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    command
+        .env("SUP", sup.get_program())
+        .env("FROM", there("tree"));
+    let done = tokio::process::Command::from(command).output();
+    let done = soon(done).await.unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    assert_eq!(done.stdout, b"1\n", "{said}");
 }

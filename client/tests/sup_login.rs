@@ -105,6 +105,29 @@ async fn a_token_that_was_kept_is_told_to_no_other_appliance() {
 }
 
 #[tokio::test]
+async fn a_config_file_that_is_a_link_stays_one_and_is_written_behind_it() {
+    let appliance = appliance().await;
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let directory = home.join(".config/supvm");
+    fs::create_dir_all(&directory).unwrap();
+    fs::create_dir(home.join("dotfiles")).unwrap();
+    let link = directory.join("config.toml");
+    std::os::unix::fs::symlink("../../dotfiles/sup.toml", &link).unwrap();
+    // Where it leads there is nothing at first, and a file the second time.
+    for _ in 0..2 {
+        let (code, _, said) = login(home, &[&appliance.unix()], TOKEN).await;
+        assert_eq!(code, 0, "{said}");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        let text = fs::read_to_string(home.join("dotfiles/sup.toml")).unwrap();
+        assert!(text.contains(TOKEN), "{text}");
+        assert_eq!(fs::read_dir(home.join("dotfiles")).unwrap().count(), 1);
+    }
+    let (code, _, said) = told(bare(home).args(["ls", "-q"]).output().await.unwrap());
+    assert_eq!(code, 0, "{said}");
+}
+
+#[tokio::test]
 async fn what_cannot_be_believed_or_does_not_work_is_not_kept() {
     let appliance = appliance().await;
     let home = tempfile::tempdir().unwrap();

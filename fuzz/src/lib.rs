@@ -38,6 +38,11 @@ pub fn agent_logs(directory: &std::path::Path, value: u64) {
     agent::fuzz::logs(directory, value);
 }
 
+/// Operations on files in this directory, which is always the same and empty.
+pub fn agent_files(directory: &std::path::Path, bytes: &[u8]) {
+    agent::fuzz::files(directory, bytes);
+}
+
 /// Lists of users and groups, and who is wanted.
 pub fn users(passwd: &[u8], group: &[u8], wanted: &[u8]) {
     agent::fuzz_users(passwd, group, wanted);

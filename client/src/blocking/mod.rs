@@ -51,6 +51,17 @@ macro_rules! mirror {
 use mirror;
 
 /// An appliance: [`crate::Client`] for code that blocks. Clones share the connection.
+///
+/// ```no_run
+/// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use client::{Trust, blocking::Client};
+/// let client = Client::connect("unix:/run/supvm/api.sock".parse()?, "token".into(), Trust::none())?;
+/// for vm in client.list()? {
+///     println!("{} is {:?}", vm.id, vm.state);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Client {
     inner: crate::Client,

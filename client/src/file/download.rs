@@ -87,7 +87,32 @@ impl<P: AsRef<[u8]> + ?Sized> From<&P> for FileRead {
 impl Vm {
     /// Reads a file, beginning now; a file that does not exist is an error at once.
     pub async fn download(&self, what: impl Into<FileRead>) -> Result<Download, ClientError> {
-        Download::begin(self.clone(), what.into().request).await
+        Download::begin(self.clone(), what.into().request, None).await
+    }
+
+    /// Reads on behind what an earlier program has kept of the file: `known` has hashed it, and it ends
+    /// at the request's offset. At the end its checksum is compared, too, so that what was kept of
+    /// another content comes out as [`ClientError::Damaged`].
+    ///
+    /// ```no_run
+    /// # async fn example(vm: client::Vm) -> Result<(), Box<dyn std::error::Error>> {
+    /// use client::file::FileRead;
+    /// let mut known = blake3::Hasher::new();
+    /// known.update(b"the first bytes");
+    /// let rest = vm.download_rest(FileRead::new("log").offset(known.count()), known).await?;
+    /// # let _ = rest;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn download_rest(
+        &self,
+        what: impl Into<FileRead>,
+        known: blake3::Hasher,
+    ) -> Result<Download, ClientError> {
+        let mut request = what.into().request;
+        request.checksum = true;
+        request.before = known.count();
+        Download::begin(self.clone(), request, Some(known)).await
     }
 
     /// A whole file in memory, if it has no more than `limit` bytes.
@@ -139,8 +164,15 @@ pub struct Download {
 }
 
 impl Download {
-    async fn begin(vm: Vm, request: ReadFile) -> Result<Self, ClientError> {
-        let (started, inflow) = begin(&vm, &request).await?;
+    async fn begin(
+        vm: Vm,
+        request: ReadFile,
+        known: Option<blake3::Hasher>,
+    ) -> Result<Self, ClientError> {
+        let (started, mut inflow) = begin(&vm, &request).await?;
+        if let Some(known) = known {
+            inflow.goes_on_behind(known);
+        }
         Ok(Self {
             vm,
             request,
@@ -193,7 +225,7 @@ impl Download {
         request.offset = self.offset();
         if request.checksum {
             // What we have already is checked, too.
-            request.before = self.so_far();
+            request.before = request.before.saturating_add(self.so_far());
         }
         request.length = request
             .length

@@ -93,6 +93,11 @@ impl Inflow {
         self
     }
 
+    /// What comes is hashed behind what was hashed already.
+    pub(super) fn goes_on_behind(&mut self, known: blake3::Hasher) {
+        self.hasher = Some(Box::new(known));
+    }
+
     /// How many bytes have been taken off the stream as pieces.
     pub(super) fn received(&self) -> u64 {
         self.received

@@ -50,6 +50,7 @@ impl Vm {
             Some(upload) => upload,
             None => new_upload_id()?,
         };
+        let ours = to.request.upload.is_none();
         to.request.upload = Some(upload);
         let (mut farthest, mut left, mut pause) = (0, ATTEMPTS, FIRST_PAUSE);
         loop {
@@ -64,9 +65,31 @@ impl Vm {
             }
             left = left.saturating_sub(1);
             if left == 0 || !may_go_on(&error) {
+                if ours {
+                    self.forget(&to.request.path, upload, &error).await;
+                }
                 return Err(error.unwrapped());
             }
             may_exist = true;
+            tokio::time::sleep(pause).await;
+            pause = pause.saturating_mul(2);
+        }
+    }
+
+    /// Removes what nobody can go on with, because nobody else knows its name. Where that fails, the
+    /// agent does it some day.
+    async fn forget(&self, path: &[u8], upload: UploadId, why: &ClientError) {
+        if is_out_of_reach(why) {
+            return;
+        }
+        let mut pause = FIRST_PAUSE;
+        for _ in 0..ATTEMPTS {
+            let dropped = self.drop_upload(path, upload).await;
+            // The stream that wrote it may not have ended yet.
+            let busy = dropped.is_err_and(|error| error.code() == Some(ErrorCode::FileBusy));
+            if !busy {
+                return;
+            }
             tokio::time::sleep(pause).await;
             pause = pause.saturating_mul(2);
         }
@@ -135,6 +158,18 @@ fn is_nothing(error: &ClientError) -> bool {
     matches!(
         error.code(),
         Some(ErrorCode::NoSuchUpload | ErrorCode::NoSuchFile)
+    )
+}
+
+/// Asking once more would only wait once more.
+fn is_out_of_reach(error: &ClientError) -> bool {
+    matches!(
+        error,
+        ClientError::Connect { .. }
+            | ClientError::Tls { .. }
+            | ClientError::TooSlow { .. }
+            | ClientError::Lost { .. }
+            | ClientError::AgentGone
     )
 }
 

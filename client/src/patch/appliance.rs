@@ -2,7 +2,7 @@
 //! what was under way goes on, as far as nothing can happen twice; whoever waits is interrupted.
 //! The connection is made when the first VM is asked for.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,10 @@ use tokio::io::AsyncReadExt;
 use tokio::runtime::Handle;
 use tokio::sync::{OnceCell, watch};
 
-use super::backend::{Backend, Command, Program, Record, Records, Sink, Source, VmFacts, Whence};
+use super::backend::{
+    Backend, Command, Content, Program, Record, Records, Sink, Source, UNAUTHENTICATED,
+    UNREACHABLE, VmFacts, Whence,
+};
 use super::output::marker;
 use super::{Failure, Interrupt};
 use crate::blocking::Own;
@@ -33,6 +36,20 @@ const FAREWELL: Duration = Duration::from_secs(10);
 const CHUNK: usize = 256 << 10;
 
 /// See the module.
+///
+/// ```no_run
+/// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use client::patch::{Appliance, Backend, Interrupt};
+/// let runtime = tokio::runtime::Runtime::new()?;
+/// let endpoint = "unix:/run/supvm/api.sock".parse()?;
+/// let interrupt = Interrupt::default();
+/// let trust = client::Trust::none();
+/// let appliance = Appliance::new(runtime.handle().clone(), endpoint, "token".into(), trust, &interrupt);
+/// println!("{}", appliance.create()?.url);
+/// appliance.close();
+/// # Ok(())
+/// # }
+/// ```
 pub struct Appliance {
     runtime: Handle,
     endpoint: Endpoint,
@@ -263,12 +280,12 @@ impl Backend for Appliance {
         &self,
         vm: &VmId,
         path: &str,
-        source: &mut dyn Read,
+        source: &mut dyn Content,
         size: Option<u64>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), Failure> {
         self.wait(async {
-            let mut to = FileWrite::new(path).checked();
+            let mut to = FileWrite::new(path);
             if let Some(size) = size {
                 to = to.size(size);
             }
@@ -277,7 +294,7 @@ impl Backend for Appliance {
                 done: 0,
                 progress,
             });
-            let written = self.vm(vm).await?.upload(to, source).await;
+            let written = self.vm(vm).await?.upload_resumable(to, source).await;
             written.map(drop).map_err(|error| file_failure(error, path))
         })
     }
@@ -404,7 +421,7 @@ impl Records for Reader {
 
 /// Counts what is read from a source.
 struct Counted<'a> {
-    source: &'a mut dyn Read,
+    source: &'a mut dyn Content,
     done: u64,
     progress: &'a mut dyn FnMut(u64),
 }
@@ -417,6 +434,13 @@ impl Read for Counted<'_> {
             .saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
         (self.progress)(self.done);
         Ok(count)
+    }
+}
+
+impl Seek for Counted<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.done = self.source.seek(to)?;
+        Ok(self.done)
     }
 }
 
@@ -482,10 +506,15 @@ fn file_failure(error: ClientError, path: &str) -> Failure {
         ClientError::Source(cause) if cause.kind() == io::ErrorKind::ConnectionAborted => {
             Failure::Interrupted
         }
-        ClientError::Source(cause) => Failure::Host {
-            code: "FETCH_FAILED".into(),
-            message: cause.to_string(),
-        },
+        ClientError::Source(cause) => {
+            let own = cause
+                .get_ref()
+                .and_then(|own| own.downcast_ref::<Failure>());
+            own.cloned().unwrap_or_else(|| Failure::Host {
+                code: "FETCH_FAILED".into(),
+                message: cause.to_string(),
+            })
+        }
         _ => failure(error),
     }
 }
@@ -500,7 +529,7 @@ fn failure(error: ClientError) -> Failure {
         | ClientError::TooSlow { .. }
         | ClientError::Tls { .. }
         | ClientError::Lost { .. }
-        | ClientError::NoCa { .. } => return host("UNREACHABLE", message),
+        | ClientError::NoCa { .. } => return host(UNREACHABLE, message),
         ClientError::Unsendable(_) => return Failure::Usage(message),
         _ => return host("BROKEN", message),
     };
@@ -517,9 +546,9 @@ fn failure(error: ClientError) -> Failure {
         ErrorCode::BootFailed | ErrorCode::BootTimeout => vm("VM_FAILED"),
         ErrorCode::NoCapacity | ErrorCode::DiskFull => vm("NO_CAPACITY"),
         ErrorCode::TooManyProcesses | ErrorCode::LimitUnavailable => vm("VM_LIMIT"),
-        ErrorCode::Unavailable => host("UNREACHABLE", message),
+        ErrorCode::Unavailable => host(UNREACHABLE, message),
         ErrorCode::TooManyStreams => host("TOO_MANY_STREAMS", message),
-        ErrorCode::Unauthenticated => host("UNAUTHENTICATED", message),
+        ErrorCode::Unauthenticated => host(UNAUTHENTICATED, message),
         _ => host("REFUSED", message),
     }
 }

@@ -5,12 +5,23 @@
 //! Every call may wait as long as it must, and gives [`Failure::Interrupted`] soon after the
 //! [`Interrupt`](super::Interrupt) that the implementation was made with is set.
 
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 
 use protocol::id::{ProcessId, VmId};
 use protocol::process::{ProcessEnd, ProcessEnded};
 
+/// The code of an appliance that cannot be reached, after retries.
+pub(super) const UNREACHABLE: &str = "UNREACHABLE";
+/// The code of an appliance that does not take the token.
+pub(super) const UNAUTHENTICATED: &str = "UNAUTHENTICATED";
+
 /// Why something that a patch asked for was not done.
+///
+/// ```
+/// use client::patch::Failure;
+/// let failure = Failure::file("ENOENT", "/workspace/a", "there is no /workspace/a");
+/// assert_eq!(failure.to_string(), "there is no /workspace/a");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
     /// The VM is gone, failed, or stopped in the middle: `execResult` shows it as a result.
@@ -56,6 +67,18 @@ impl Failure {
         }
     }
 
+    /// Its words where a command's result tells of it: `execResult` and `blockResult` throw nothing but
+    /// what leaves no result, which is an appliance out of reach, a call that makes no sense, and the
+    /// wish to stop.
+    pub(super) fn as_result(&self) -> Option<&str> {
+        match self {
+            Self::Vm { message, .. } | Self::File { message, .. } => Some(message),
+            Self::Host { code, .. } if code == UNREACHABLE || code == UNAUTHENTICATED => None,
+            Self::Host { message, .. } => Some(message),
+            Self::Usage(_) | Self::Interrupted => None,
+        }
+    }
+
     /// A file of this machine or of a VM could not be used.
     pub fn file(code: &str, path: &str, message: impl Into<String>) -> Self {
         Self::File {
@@ -80,6 +103,14 @@ impl Failure {
 }
 
 /// What is told of a VM.
+///
+/// ```no_run
+/// # fn example(backend: &dyn client::patch::Backend) -> Result<(), client::patch::Failure> {
+/// let client::patch::backend::VmFacts { id, url } = backend.create()?;
+/// println!("{id} is at {url}");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmFacts {
     /// Its identifier.
@@ -89,6 +120,16 @@ pub struct VmFacts {
 }
 
 /// What to run. Standard input and output follow from the call it is given to.
+///
+/// ```
+/// use client::patch::backend::{Command, Program};
+/// let command = Command {
+///     program: Program::Shell("make test".into()),
+///     cwd: Some("app".into()),
+///     env: vec![("CI".into(), Some("1".into())), ("HOME".into(), None)],
+/// };
+/// # let _ = command;
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
     /// The program.
@@ -100,6 +141,12 @@ pub struct Command {
 }
 
 /// A command's program.
+///
+/// ```
+/// use client::patch::backend::Program;
+/// let clone = Program::Argv(vec!["git".into(), "clone".into(), "a directory".into()]);
+/// assert_ne!(clone, Program::Shell("git clone a directory".into()));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Program {
     /// For `sh -c`.
@@ -109,6 +156,18 @@ pub enum Program {
 }
 
 /// Which pipe output came from.
+///
+/// ```
+/// use client::patch::backend::Source;
+/// let mut errors = 0;
+/// let mut sink = |source: Source, bytes: &[u8]| {
+///     if source == Source::Stderr {
+///         errors += bytes.len();
+///     }
+/// };
+/// sink(Source::Stderr, b"oh");
+/// assert_eq!(errors, 2);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// Standard output.
@@ -118,6 +177,25 @@ pub enum Source {
 }
 
 /// One step of a process's output.
+///
+/// ```no_run
+/// # use client::patch::{Backend, Failure};
+/// # use client::protocol::id::{ProcessId, VmId};
+/// # fn example(backend: &dyn Backend, vm: &VmId, id: ProcessId) -> Result<(), Failure> {
+/// use client::patch::backend::{Record, Whence};
+/// let mut records = backend.attach(vm, id, Whence::Oldest, true)?;
+/// let ended = loop {
+///     match records.next()? {
+///         Record::Data(_, bytes) => print!("{}", String::from_utf8_lossy(&bytes)),
+///         Record::Gap(bytes) => println!("[{bytes} bytes are missing]"),
+///         Record::Ended(ended) => break Some(ended),
+///         Record::Replayed => break None,
+///     }
+/// };
+/// # let _ = ended;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// Bytes in merged order.
@@ -131,6 +209,18 @@ pub enum Record {
 }
 
 /// A reader of a process's output. Dropping it detaches.
+///
+/// ```no_run
+/// # use client::patch::{Backend, Failure};
+/// # use client::protocol::id::{ProcessId, VmId};
+/// # fn example(backend: &dyn Backend, vm: &VmId, id: ProcessId) -> Result<(), Failure> {
+/// use client::patch::backend::{Record, Records, Whence};
+/// let mut records: Box<dyn Records> = backend.attach(vm, id, Whence::Oldest, false)?;
+/// let first: Record = records.next()?;
+/// # let _ = first;
+/// # Ok(())
+/// # }
+/// ```
 pub trait Records {
     /// The next step; waits for it. Not called again after [`Record::Ended`] or
     /// [`Record::Replayed`].
@@ -138,6 +228,17 @@ pub trait Records {
 }
 
 /// Where a reader begins.
+///
+/// ```no_run
+/// # use client::patch::{Backend, Failure};
+/// # use client::protocol::id::{ProcessId, VmId};
+/// # fn example(backend: &dyn Backend, vm: &VmId, id: ProcessId) -> Result<(), Failure> {
+/// use client::patch::backend::Whence;
+/// let last_lines = backend.attach(vm, id, Whence::Lines(20), false)?;
+/// # let _ = last_lines;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whence {
     /// At the oldest byte that is kept, behind a gap for what is not.
@@ -146,10 +247,55 @@ pub enum Whence {
     Lines(u64),
 }
 
+/// What is uploaded: after a lost connection it is read again from where that is needed.
+///
+/// ```
+/// use client::patch::backend::Content;
+/// let mut text: Box<dyn Content> = Box::new(std::io::Cursor::new("text"));
+/// assert_eq!(std::io::read_to_string(&mut text).unwrap(), "text");
+/// ```
+pub trait Content: Read + Seek {}
+impl<C: Read + Seek + ?Sized> Content for C {}
+
 /// Takes output as it comes.
+///
+/// ```no_run
+/// # use client::patch::{Backend, Failure, backend::Command};
+/// # use client::protocol::id::VmId;
+/// # fn example(backend: &dyn Backend, vm: &VmId, command: &Command) -> Result<(), Failure> {
+/// use client::patch::backend::{Sink, Source};
+/// let mut all = Vec::new();
+/// let sink: &mut Sink<'_> = &mut |_: Source, bytes: &[u8]| {
+///     all.extend_from_slice(bytes);
+///     Ok(())
+/// };
+/// backend.exec(vm, command, sink)?;
+/// # Ok(())
+/// # }
+/// ```
 pub type Sink<'a> = dyn FnMut(Source, &[u8]) -> Result<(), Failure> + 'a;
 
 /// VMs, as a patch needs them.
+///
+/// ```no_run
+/// use client::patch::{Backend, Failure, backend::{Command, Program}};
+///
+/// /// The first line of what a command prints in a VM of its own.
+/// fn first_line(backend: &dyn Backend, line: &str) -> Result<String, Failure> {
+///     let vm = backend.create()?.id;
+///     let program = Program::Shell(line.to_owned());
+///     let command = Command { program, cwd: None, env: Vec::new() };
+///     let mut output = Vec::new();
+///     let ended = backend.exec(&vm, &command, &mut |_, bytes| {
+///         output.extend_from_slice(bytes);
+///         Ok(())
+///     });
+///     backend.delete(&vm)?;
+///     ended?;
+///     let text = String::from_utf8_lossy(&output);
+///     Ok(text.lines().next().unwrap_or_default().to_owned())
+/// }
+/// ```
 pub trait Backend: Send + Sync {
     /// Makes a VM and waits until it is ready.
     fn create(&self) -> Result<VmFacts, Failure>;
@@ -193,12 +339,13 @@ pub trait Backend: Send + Sync {
     fn kill(&self, vm: &VmId, id: ProcessId) -> Result<(), Failure>;
 
     /// Replaces the file at an absolute path at once, making its parents; a directory there is an
-    /// error. `progress` is called with the bytes that have arrived.
+    /// error. `progress` is called with how far in the source it is, which after a lost connection
+    /// may be less than before.
     fn upload(
         &self,
         vm: &VmId,
         path: &str,
-        source: &mut dyn Read,
+        source: &mut dyn Content,
         size: Option<u64>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), Failure>;
@@ -215,6 +362,12 @@ pub trait Backend: Send + Sync {
 }
 
 /// How a process's end is shown to a patch.
+///
+/// ```
+/// use client::patch::backend::Ending;
+/// let ending = Ending::failed("VM stopped".into());
+/// assert_eq!((ending.exit_code, ending.state), (255, "error"));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ending {
     /// Always there.

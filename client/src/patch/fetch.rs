@@ -2,7 +2,7 @@
 //! answer is waited for without end, and none may be longer than [`MOST`]. A thread of its own talks
 //! to the server, so that an interrupt ends the wait for one that says nothing.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -23,6 +23,60 @@ pub(super) struct Fetched {
     pub(super) body: Box<dyn Read + Send>,
     /// How long it says it is.
     pub(super) size: Option<u64>,
+}
+
+/// The content of an address, from its beginning as often as that is asked for: after a lost
+/// connection to the appliance the server is asked again.
+pub(super) struct Again {
+    url: String,
+    interrupt: Interrupt,
+    body: Box<dyn Read + Send>,
+    at: u64,
+}
+
+impl Again {
+    /// An answer to this address of which `head` has been read.
+    pub(super) fn new(
+        url: String,
+        interrupt: Interrupt,
+        head: Vec<u8>,
+        body: Box<dyn Read + Send>,
+    ) -> Self {
+        Self {
+            url,
+            interrupt,
+            body: Box::new(io::Cursor::new(head).chain(body)),
+            at: 0,
+        }
+    }
+}
+
+impl Read for Again {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.body.read(buffer)?;
+        self.at = self.at.saturating_add(count as u64);
+        Ok(count)
+    }
+}
+
+/// To a place from the beginning only. Whether the server gives the same again is for whoever reads.
+impl Seek for Again {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let SeekFrom::Start(to) = to else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        if to < self.at {
+            let fetched = get(&self.url, &self.interrupt).map_err(|failure| match failure {
+                Failure::Interrupted => io::ErrorKind::ConnectionAborted.into(),
+                failure => io::Error::other(failure),
+            })?;
+            self.body = fetched.body;
+            self.at = 0;
+        }
+        let skipped = to.saturating_sub(self.at);
+        io::copy(&mut self.by_ref().take(skipped), &mut io::sink())?;
+        Ok(self.at)
+    }
 }
 
 /// Whether a text is an address as a whole.

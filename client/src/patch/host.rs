@@ -12,7 +12,7 @@ use std::time::Duration;
 use protocol::id::{ProcessId, VmId};
 use serde::Deserialize;
 
-use super::backend::{Backend, Command, Ending, Program, Record, Source, VmFacts, Whence};
+use super::backend::{self, Backend, Command, Ending, Program, Record, Source, VmFacts, Whence};
 use super::fetch::{self, Fetched};
 use super::media::{self, Class, Media, Room};
 use super::output::{Collected, Pieces, last_lines};
@@ -69,7 +69,7 @@ impl Host {
         self.backend.delete(&vm_id(vm)?)
     }
 
-    /// Runs a command to its end. What the VM's state does to it is a result, not a failure.
+    /// Runs a command to its end. A failure is only what leaves no result.
     pub(super) fn exec(&self, vm: &str, order: &str) -> Result<Ran, Failure> {
         let command = command(order)?;
         let vm = vm_id(vm)?;
@@ -77,9 +77,7 @@ impl Host {
         let ended = self.backend.exec(&vm, &command, &mut |source, bytes| {
             collected.push(source, bytes)
         });
-        let ending = settled(ended.map(|ended| Ending::from(&ended)))?;
-        collected.finish()?;
-        Ok(Ran { collected, ending })
+        settle(collected, ended.map(|ended| Ending::from(&ended)))
     }
 
     /// Starts a process; beside its identifier, why the VM could not even try.
@@ -94,16 +92,17 @@ impl Host {
         let id = ProcessId(random);
         match self.backend.start(&vm, id, &command) {
             Ok(()) => Ok((id.to_string(), None)),
-            Err(Failure::Vm { message, .. }) => Ok((id.to_string(), Some(message))),
-            Err(failure) => Err(failure),
+            Err(failure) => match failure.as_result() {
+                Some(message) => Ok((id.to_string(), Some(message.to_owned()))),
+                None => Err(failure),
+            },
         }
     }
 
     pub(super) fn block(&self, vm: &str, process: &str) -> Result<Ran, Failure> {
         let mut collected = Collected::default();
-        let ending = settled(self.follow(vm, process, &mut collected))?;
-        collected.finish()?;
-        Ok(Ran { collected, ending })
+        let ended = self.follow(vm, process, &mut collected);
+        settle(collected, ended)
     }
 
     fn follow(&self, vm: &str, process: &str, into: &mut Collected) -> Result<Ending, Failure> {
@@ -141,16 +140,19 @@ impl Host {
         }
         let (vm, id) = (vm_id(vm)?, process_id(process)?);
         let whence = Whence::Lines(lines.into());
-        let mut records = self.backend.attach(&vm, id, whence, false)?;
         let mut collected = Collected::default();
-        loop {
-            match records.next()? {
-                Record::Data(source, bytes) => collected.push(source, &bytes)?,
-                Record::Gap(bytes) => collected.gap(bytes)?,
-                Record::Ended(_) | Record::Replayed => break,
+        let mut read = || -> Result<(), Failure> {
+            let mut records = self.backend.attach(&vm, id, whence, false)?;
+            loop {
+                match records.next()? {
+                    Record::Data(source, bytes) => collected.push(source, &bytes)?,
+                    Record::Gap(bytes) => collected.gap(bytes)?,
+                    Record::Ended(_) | Record::Replayed => return collected.finish(),
+                }
             }
-        }
-        collected.finish()?;
+        };
+        // What can be had, and be it nothing: of the VM's state the status tells.
+        quiet(read())?;
         let lines = usize::try_from(lines).unwrap_or(usize::MAX);
         Ok(last_lines(&collected.output, lines))
     }
@@ -168,7 +170,13 @@ impl Host {
         self.backend.kill(&vm_id(vm)?, process_id(process)?)
     }
 
-    pub(super) fn open_reader(&self, vm: &str, process: &str, which: &str) -> Result<u32, Failure> {
+    /// A reader for a generator; none where the VM has nothing to read any more.
+    pub(super) fn open_reader(
+        &self,
+        vm: &str,
+        process: &str,
+        which: &str,
+    ) -> Result<Option<u32>, Failure> {
         let (vm, id) = (vm_id(vm)?, process_id(process)?);
         let only = match which {
             "stdout" => Some(Source::Stdout),
@@ -184,14 +192,16 @@ impl Host {
                 ),
             });
         }
-        let records = self.backend.attach(&vm, id, Whence::Oldest, true)?;
+        let Some(records) = quiet(self.backend.attach(&vm, id, Whence::Oldest, true))? else {
+            return Ok(None);
+        };
         let mut next = self.next_reader.borrow_mut();
         let number = *next;
         *next = next.wrapping_add(1);
         self.readers
             .borrow_mut()
             .insert(number, Pieces::new(records, only));
-        Ok(number)
+        Ok(Some(number))
     }
 
     pub(super) fn read(&self, reader: u32) -> Result<Option<String>, Failure> {
@@ -199,7 +209,7 @@ impl Host {
         let Some(mut pieces) = self.readers.borrow_mut().remove(&reader) else {
             return Ok(None);
         };
-        let piece = pieces.next()?;
+        let piece = quiet(pieces.next())?.flatten();
         if piece.is_some() {
             self.readers.borrow_mut().insert(reader, pieces);
         }
@@ -361,7 +371,7 @@ enum Content {
     Media(Box<Media>),
 }
 
-type Opened = (Box<dyn Read + Send>, Option<u64>, String);
+type Opened = (Box<dyn backend::Content + Send>, Option<u64>, String);
 
 impl Content {
     /// The bytes, how many, and the name for whoever gave none.
@@ -376,16 +386,19 @@ impl Content {
             }
             Self::Url(url) => {
                 let Fetched { mut body, size } = fetch::get(&url, interrupt)?;
-                if let Some(name) = fetch::name_of(&url) {
-                    return Ok((body, size, name));
-                }
                 let mut head = Vec::new();
-                (&mut body)
-                    .take(media::HEAD as u64)
-                    .read_to_end(&mut head)
-                    .map_err(|error| Failure::io(&url, "fetching", &error))?;
-                let name = media::name_by_type(&media::detect(&head, ""));
-                Ok((Box::new(io::Cursor::new(head).chain(body)), size, name))
+                let name = match fetch::name_of(&url) {
+                    Some(name) => name,
+                    None => {
+                        (&mut body)
+                            .take(media::HEAD as u64)
+                            .read_to_end(&mut head)
+                            .map_err(|error| Failure::io(&url, "fetching", &error))?;
+                        media::name_by_type(&media::detect(&head, ""))
+                    }
+                };
+                let body = fetch::Again::new(url, interrupt.clone(), head, body);
+                Ok((Box::new(body), size, name))
             }
             Self::Media(media) => {
                 let shown = media.path.display().to_string();
@@ -419,12 +432,33 @@ impl Write for Bounded {
     }
 }
 
-/// The VM's own failures are endings.
-fn settled(ending: Result<Ending, Failure>) -> Result<Ending, Failure> {
-    match ending {
-        Err(Failure::Vm { message, .. }) => Ok(Ending::failed(message)),
-        other => other,
+/// What a generator or `tail` gives when the VM fails them: nothing more, as of a process that ended.
+/// The handle's status and `block()` say why.
+fn quiet<T>(result: Result<T, Failure>) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(failure) if failure.as_result().is_some() => Ok(None),
+        Err(failure) => Err(failure),
     }
+}
+
+/// A command's output and how it went, which is an ending unless nothing can be told of it.
+fn settle(mut collected: Collected, ended: Result<Ending, Failure>) -> Result<Ran, Failure> {
+    let ended = match ended.map(|ending| (ending, collected.finish())) {
+        Ok((ending, Ok(()))) => Ok(ending),
+        Ok((_, Err(failure))) | Err(failure) => Err(failure),
+    };
+    let ending = settled(ended)?;
+    collected.shorten();
+    Ok(Ran { collected, ending })
+}
+
+/// Failures that a result can tell of are endings.
+fn settled(ending: Result<Ending, Failure>) -> Result<Ending, Failure> {
+    ending.or_else(|failure| match failure.as_result() {
+        Some(message) => Ok(Ending::failed(message.to_owned())),
+        None => Err(failure),
+    })
 }
 
 fn command(order: &str) -> Result<Command, Failure> {

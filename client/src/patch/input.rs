@@ -8,6 +8,15 @@ use super::fetch::is_url;
 use super::media::{Class, Media, Room};
 
 /// What the command line named; media by path or web address, each list in its order.
+///
+/// ```
+/// let inputs = client::patch::Inputs {
+///     texts: vec!["a question".into()],
+///     images: vec!["photo.jpg".into(), "https://example.org/other.png".into()],
+///     ..Default::default()
+/// };
+/// # let _ = inputs;
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Inputs {
     /// `--text`

@@ -1,10 +1,19 @@
 //! The wish to stop: set once, by Ctrl-C, and seen by whatever waits. It wakes waiters, it never
-//! ends anything itself.
+//! ends anything itself. It knows what they would put away, for whoever does not wait for them.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Shared by whoever may ask for the end and everyone who waits.
+///
+/// ```
+/// use std::time::Duration;
+/// let interrupt = client::patch::Interrupt::default();
+/// assert!(interrupt.sleep(Duration::from_millis(1)));
+/// interrupt.set();
+/// assert!(!interrupt.sleep(Duration::from_secs(3600)));
+/// ```
 #[derive(Clone, Default)]
 pub struct Interrupt(Arc<Inner>);
 
@@ -18,6 +27,8 @@ struct Inner {
 struct State {
     set: bool,
     wakers: Vec<Box<dyn Fn() + Send>>,
+    /// Directories that end with what waits.
+    rooms: Vec<PathBuf>,
 }
 
 impl Interrupt {
@@ -47,6 +58,23 @@ impl Interrupt {
             wake();
         } else {
             state.wakers.push(Box::new(wake));
+        }
+    }
+
+    /// Names a directory that whoever waits would remove in the end.
+    pub(super) fn leaves(&self, room: PathBuf) {
+        self.state().rooms.push(room);
+    }
+
+    /// Removes the temporary files of everyone who waits: for whoever ends the program without waiting
+    /// for them.
+    pub fn clear_up(&self) {
+        let rooms = std::mem::take(&mut self.state().rooms);
+        for room in rooms {
+            // Somebody may be writing there in this moment; the second time there is less to do.
+            if std::fs::remove_dir_all(&room).is_err() {
+                let _ = std::fs::remove_dir_all(&room);
+            }
         }
     }
 

@@ -15,6 +15,12 @@ use super::interrupt::Interrupt;
 pub(super) const HEAD: usize = 8192;
 
 /// Which class an object is shown as.
+///
+/// ```
+/// use client::patch::Class;
+/// assert_eq!(Class::of("image/png"), Class::Image);
+/// assert_eq!(Class::of("text/csv"), Class::File);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
@@ -50,6 +56,19 @@ impl Class {
 }
 
 /// One medium.
+///
+/// ```
+/// use client::patch::{Class, Media};
+/// let media = Media {
+///     class: Class::of("text/csv"),
+///     url: "file:///tmp/table.csv".into(),
+///     mime_type: "text/csv".into(),
+///     filename: "table.csv".into(),
+///     size: 120,
+///     path: "/tmp/table.csv".into(),
+/// };
+/// # let _ = media;
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Media {
@@ -215,6 +234,7 @@ impl Room {
             .map_err(|error| {
                 Failure::io("", "making a directory for temporary files in", &error)
             })?;
+        interrupt.leaves(scratch.path().to_owned());
         Ok(Self { scratch, interrupt })
     }
 

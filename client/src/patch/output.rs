@@ -7,6 +7,8 @@ use super::decode::Decoder;
 
 /// The most output that one call returns, merged, in bytes.
 pub(super) const MAX_OUTPUT: usize = 256 << 20;
+/// What is kept of output that was more than that, of each text.
+const KEPT: usize = 1 << 20;
 
 /// Everything a command printed.
 #[derive(Default)]
@@ -18,6 +20,7 @@ pub(super) struct Collected {
     /// Standard error.
     pub(super) stderr: String,
     decoders: [Decoder; 2],
+    too_large: bool,
 }
 
 impl Collected {
@@ -35,6 +38,21 @@ impl Collected {
         Ok(())
     }
 
+    /// Keeps the beginning only of what was too much, and says where it was cut.
+    pub(super) fn shorten(&mut self) {
+        if !self.too_large {
+            return;
+        }
+        for text in [&mut self.output, &mut self.stdout, &mut self.stderr] {
+            let end = text.floor_char_boundary(KEPT);
+            let dropped = text.len().saturating_sub(end);
+            if dropped > 0 {
+                text.truncate(end);
+                text.push_str(&marker(dropped as u64));
+            }
+        }
+    }
+
     /// Nothing more comes.
     pub(super) fn finish(&mut self) -> Result<(), Failure> {
         for source in [Source::Stdout, Source::Stderr] {
@@ -46,6 +64,7 @@ impl Collected {
 
     fn add(&mut self, source: Source, text: &str) -> Result<(), Failure> {
         if self.output.len().saturating_add(text.len()) > MAX_OUTPUT {
+            self.too_large = true;
             return Err(Failure::Host {
                 code: "OUTPUT_TOO_LARGE".into(),
                 message: format!(
@@ -119,7 +138,7 @@ pub(super) fn last_lines(text: &str, count: usize) -> Vec<String> {
         .unwrap_or(text)
         .rsplit('\n')
         .take(count)
-        .map(|line| line.strip_suffix('\r').unwrap_or(line).to_owned())
+        .map(str::to_owned)
         .collect();
     if text.is_empty() {
         lines.clear();
@@ -162,7 +181,7 @@ mod tests {
     fn last_lines_count_an_unfinished_one() {
         assert_eq!(last_lines("a\nb\nc", 2), ["b", "c"]);
         assert_eq!(last_lines("a\nb\n", 2), ["a", "b"]);
-        assert_eq!(last_lines("a\r\n\n", 5), ["a", ""]);
+        assert_eq!(last_lines("a\r\n\n", 5), ["a\r", ""]);
         assert!(last_lines("", 3).is_empty());
         assert_eq!(last_lines("\n", 3), [""]);
         assert!(last_lines("a\n", 0).is_empty());

@@ -38,6 +38,37 @@ const PRELUDE: &str = concat!(
 const PRELUDE_NAME: &str = "sup:prelude";
 
 /// A patch and what it is run with.
+///
+/// ```no_run
+/// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+/// use client::patch::{self, Appliance, Inputs, Interrupt, Patch, Screen, show};
+/// let runtime = tokio::runtime::Runtime::new()?;
+/// let interrupt = Interrupt::default();
+/// let appliance = Arc::new(Appliance::new(
+///     runtime.handle().clone(),
+///     "unix:/run/supvm/api.sock".parse()?,
+///     "token".into(),
+///     client::Trust::none(),
+///     &interrupt,
+/// ));
+/// let patch = Patch {
+///     name: "hello.js".into(),
+///     source: "return sup.vm().exec('uname -a')".into(),
+///     identity: "/home/me/hello.js".into(),
+///     chat: "default".into(),
+///     user: "1000".into(),
+///     store: "/home/me/.local/share/supvm/patches".into(),
+///     inputs: Inputs::default(),
+///     memory: patch::MEMORY,
+/// };
+/// let screen = Screen::lines(Box::new(std::io::stderr()));
+/// let finished = patch::run(&patch, Arc::clone(&appliance) as _, screen, &interrupt)?;
+/// print!("{}", show::text(&finished.result, ".".as_ref())?);
+/// appliance.close();
+/// # Ok(())
+/// # }
+/// ```
 pub struct Patch {
     /// What the script is called in errors.
     pub name: String,
@@ -58,6 +89,12 @@ pub struct Patch {
 }
 
 /// Why a patch gave no result.
+///
+/// ```
+/// use client::patch::PatchError;
+/// let error = PatchError::Memory(64 << 20);
+/// assert!(error.to_string().contains("64 MiB"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum PatchError {
     /// The script threw, or is no JavaScript: message and stack.
@@ -82,6 +119,15 @@ pub enum PatchError {
 }
 
 /// What a patch gave. Files that the result names live as long as this.
+///
+/// ```
+/// fn tell(finished: &client::patch::Finished) {
+///     println!("{:?}", finished.result);
+///     for failed in &finished.failed_transfers {
+///         eprintln!("nobody waited for it: {failed}");
+///     }
+/// }
+/// ```
 pub struct Finished {
     /// What it returned.
     pub result: Shown,

@@ -3,7 +3,17 @@
 
 use std::io::Write;
 
+use unicode_width::UnicodeWidthChar;
+
 /// Where a patch's status and console go; results do not come here.
+///
+/// ```
+/// use client::patch::Screen;
+/// let mut screen = Screen::terminal(Box::new(std::io::sink()), 80);
+/// screen.status("working");
+/// screen.log("a line above the status");
+/// screen.clear();
+/// ```
 pub struct Screen {
     out: Box<dyn Write>,
     /// The width of the terminal, when it is one.
@@ -92,9 +102,27 @@ fn one_line(text: &str, columns: usize) -> String {
         .rsplit(['\n', '\r'])
         .find(|line| !line.trim().is_empty())
         .unwrap_or_default();
+    let mut left = columns;
     line.replace('\t', " ")
         .chars()
-        .filter(|letter| !letter.is_control())
-        .take(columns)
+        // A control character has no width.
+        .filter_map(|letter| Some((letter, letter.width()?)))
+        .map_while(|(letter, width)| {
+            left = left.checked_sub(width)?;
+            Some(letter)
+        })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_of_wide_letters_fits_the_line() {
+        assert_eq!(one_line("日本語", 5), "日本");
+        assert_eq!(one_line("日本語", 6), "日本語");
+        assert_eq!(one_line("a\u{301}b", 2), "a\u{301}b");
+        assert_eq!(one_line("\u{9b}1mabc", 3), "1ma");
+    }
 }

@@ -12,6 +12,12 @@ use serde_json::{Value, json};
 use super::media::{Media, safe_name};
 
 /// What a patch returned.
+///
+/// ```
+/// use client::patch::show::{self, Shown};
+/// let result = Shown::List(vec![Shown::Text("a".into()), Shown::Plain(2.into()), Shown::Nothing]);
+/// assert_eq!(show::text(&result, ".".as_ref()).unwrap(), "a\n2\n");
+/// ```
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "kind", content = "value")]
 pub enum Shown {
@@ -30,6 +36,15 @@ pub enum Shown {
 }
 
 /// A file of a result could not be saved.
+///
+/// ```
+/// use client::patch::show::SaveError;
+/// let error = SaveError {
+///     path: "made/a.png".into(),
+///     cause: std::io::ErrorKind::StorageFull.into(),
+/// };
+/// assert!(error.to_string().starts_with("saving made/a.png: "));
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[error("saving {path}: {cause}")]
 pub struct SaveError {
@@ -120,8 +135,12 @@ fn save(media: &Media, out: &Path) -> Result<PathBuf, SaveError> {
         });
         match fs::File::create_new(&path) {
             Ok(mut file) => {
-                io::copy(&mut from, &mut file).map_err(failed(&path))?;
-                return Ok(path);
+                let Err(cause) = io::copy(&mut from, &mut file) else {
+                    return Ok(path);
+                };
+                // A part would look like the whole.
+                let _ = fs::remove_file(&path);
+                return Err(SaveError { path, cause });
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(cause) => return Err(SaveError { path, cause }),
@@ -131,4 +150,28 @@ fn save(media: &Media, out: &Path) -> Result<PathBuf, SaveError> {
         path: out.join(name),
         cause: io::ErrorKind::AlreadyExists.into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::media::Class;
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_saved_whole_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let media = Media {
+            class: Class::File,
+            url: String::new(),
+            mime_type: "text/plain".into(),
+            filename: "a.txt".into(),
+            size: 1,
+            // It can be opened, and not be read.
+            path: directory.path().to_owned(),
+        };
+        let out = directory.path().join("out");
+        let error = text(&Shown::Media(media), &out).unwrap_err();
+        assert_eq!(error.path, out.join("a.txt"));
+        assert_eq!(fs::read_dir(out).unwrap().count(), 0);
+    }
 }

@@ -21,6 +21,11 @@ pub const MAX_KEY: usize = 1024;
 pub const MAX_VALUE: usize = 16 << 20;
 
 /// Why something was not remembered, or not found again.
+///
+/// ```
+/// use client::patch::StoreError;
+/// assert!(StoreError::Key(2000).to_string().contains("the longest is 1024 bytes"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The directory cannot be made or used.
@@ -51,6 +56,16 @@ pub enum StoreError {
 }
 
 /// Who sees a value.
+///
+/// ```no_run
+/// # fn example() -> Result<(), client::patch::StoreError> {
+/// use client::patch::{Scope, Store};
+/// let store = Store::open("/var/lib/patches".as_ref(), "/home/me/hello.js")?;
+/// store.set(&Scope::Chat("one".into()), "count", "1")?;
+/// assert_eq!(store.get(&Scope::Global, "count")?, None);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Every run of the patch.
@@ -72,6 +87,18 @@ impl Scope {
 }
 
 /// The open store, as one patch sees it.
+///
+/// ```no_run
+/// # fn example() -> Result<(), client::patch::StoreError> {
+/// use client::patch::{Scope, Store};
+/// let store = Store::open("/var/lib/patches".as_ref(), "/home/me/hello.js")?;
+/// store.set(&Scope::Global, "vm", "\"vm-0000abcd\"")?;
+/// for key in store.keys(&Scope::Global)? {
+///     println!("{key}: {:?}", store.get(&Scope::Global, &key)?);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub struct Store {
     path: PathBuf,
     contents: PathBuf,

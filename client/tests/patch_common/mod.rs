@@ -4,11 +4,13 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use client::patch::backend::{Command, Program, Record, Records, Sink, Source, VmFacts, Whence};
+use client::patch::backend::{
+    Command, Content, Program, Record, Records, Sink, Source, VmFacts, Whence,
+};
 use client::patch::show::{self, Shown};
 use client::patch::{
     Backend, Failure, Finished, Inputs, Interrupt, MEMORY, Patch, PatchError, Screen,
@@ -134,6 +136,16 @@ impl Backend for Memory {
                 message: "nobody answers".into(),
             });
         }
+        // A command in capitals fails with this code.
+        if let Program::Shell(code) = &command.program
+            && code.len() > 5
+            && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+        {
+            return Err(Failure::Host {
+                code: code.clone(),
+                message: "so it is".into(),
+            });
+        }
         let (output, end) = script(command);
         for (source, bytes) in output {
             sink(source, &bytes)?;
@@ -204,7 +216,7 @@ impl Backend for Memory {
         &self,
         vm: &VmId,
         path: &str,
-        source: &mut dyn Read,
+        source: &mut dyn Content,
         _: Option<u64>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), Failure> {

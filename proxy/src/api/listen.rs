@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::hello::ALPN;
 use protocol::host::proxy::{Serve, Serving};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinHandle;
 use tokio_rustls::LazyConfigAcceptor;
@@ -26,6 +26,10 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// How long to pause when the system cannot give us a connection, such as for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes that are read of a client's socket at once. rustls itself asks for 4 KiB at a time. What a
+/// stranger can make us hold beyond the gate's allowance is as much.
+const READ_AHEAD: usize = 64 << 10;
 
 /// A fatal TLS alert `no_application_protocol` (RFC 8446, 6.2), as it is sent before a ServerHello.
 const NO_APPLICATION_PROTOCOL: [u8; 7] = [21, 3, 3, 0, 2, 2, 120];
@@ -151,6 +155,7 @@ async fn serve_tcp(socket: TcpStream, peer: SocketAddr, stranger: Stranger, shar
     // Neither can fail on a fresh TCP socket, and neither is worth refusing a client for.
     let _ = socket.set_nodelay(true);
     let _ = keep_alive(&socket);
+    let socket = BufReader::with_capacity(READ_AHEAD, socket);
     let handshake = async {
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket).await?;
         let offered = start

@@ -139,8 +139,25 @@ pub(crate) fn store(
     Ok(path)
 }
 
+/// The most links from one to the next; as many as the kernel follows.
+const MOST_LINKS: usize = 40;
+
+/// What a path names behind symbolic links, also where that does not exist yet: people keep their
+/// settings elsewhere.
+fn behind_links(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        let Ok(target) = std::fs::read_link(&path) else {
+            break;
+        };
+        path = path.parent().unwrap_or(Path::new("/")).join(target);
+    }
+    path
+}
+
 /// In one step, on the disk, and for nobody else to read.
 fn write(path: &Path, text: &str) -> std::io::Result<()> {
+    let path = behind_links(path);
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".new-{}", std::process::id()));
     let temporary = path.with_file_name(name);
@@ -152,7 +169,7 @@ fn write(path: &Path, text: &str) -> std::io::Result<()> {
             .open(&temporary)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
-        std::fs::rename(&temporary, path)?;
+        std::fs::rename(&temporary, &path)?;
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
     written().inspect_err(|_| {

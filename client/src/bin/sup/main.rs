@@ -37,8 +37,9 @@ fn main() -> ExitCode {
         Task::Exec(_) | Task::Shell(_) | Task::Attach(_) | Task::Run(_) => NO_EXIT_CODE,
         _ => 1,
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // One thread moves the bytes; what blocks has threads of its own. Two would only wake each other for
+    // every frame of a copy.
+    let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
     {

@@ -61,6 +61,7 @@ pub(crate) async fn run(target: Target, run: Run) -> Result<u8, Complaint> {
         asked.set();
         // What does not end by itself is ended by the second one.
         interrupts.next().await;
+        asked.clear_up();
         std::process::exit(INTERRUPTED.into());
     });
     let Target {

@@ -31,6 +31,7 @@ class SupVMStreamHandle {
   *#read(which) {
     if (this.#failed !== undefined) return;
     const reader = call('openReader', this.#vm, this.#id, which);
+    if (reader === undefined) return;
     try {
       for (;;) {
         const piece = call('read', reader);

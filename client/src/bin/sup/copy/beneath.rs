@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat};
+use nix::unistd::{UnlinkatFlags, linkat, symlinkat, syncfs, unlinkat};
 
 /// The deepest directory.
 const MOST_PARTS: usize = 256;
@@ -122,6 +122,12 @@ impl Root {
         };
         let last = self.last.insert((parts.to_vec(), directory));
         Ok(last.1.as_fd())
+    }
+
+    /// Waits until everything inside is on its disk. One call for the file system takes less than one
+    /// for each of many files.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        Ok(syncfs(&self.top)?)
     }
 
     fn walk(&self, parts: &[OsString]) -> io::Result<OwnedFd> {

@@ -1,7 +1,7 @@
 //! From a VM to here: a file, gone on from where an earlier copy of the same file broke, or a tree.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use client::file::{Download, FileRead, Piece, TreeRead};
@@ -100,6 +100,10 @@ async fn file(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Res
     if job.sparse {
         read = read.sparse();
     }
+    if to.is_dir() {
+        return Err(Complaint::new(what, format!("{} is a directory", show(to)))
+            .advice("name the file that it is to become"));
+    }
     let download = again(|| vm.download(read.clone())).await;
     let mut download = download.map_err(|error| wrong(&error))?;
     let place = Waiting::open(vm, from, to, download.info());
@@ -108,7 +112,11 @@ async fn file(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Res
     let known = file.metadata().map_or(0, |about| about.len());
     if known > 0 && waiting.is_some() && download.total().is_some_and(|total| known <= total) {
         drop(download);
-        let rest = again(|| vm.download(read.clone().offset(known))).await;
+        // The file may have become another one under the same signs.
+        let hasher = hash(&file, known).await;
+        let hasher = hasher.map_err(|error| Complaint::new(what, error.to_string()))?;
+        let rest = read.offset(known);
+        let rest = again(|| vm.download_rest(rest.clone(), hasher.clone())).await;
         download = rest.map_err(|error| wrong(&error))?;
         begin = known;
     }
@@ -165,6 +173,18 @@ async fn file(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Res
     };
     let named = waiting.finish(&file, local_mode(download.info().mode));
     named.map_err(|error| Complaint::new(&format!("naming {}", show(to)), error.to_string()))
+}
+
+/// Hashes what an earlier copy has brought.
+async fn hash(file: &File, length: u64) -> io::Result<blake3::Hasher> {
+    let mut file = file.try_clone()?;
+    let hashed = tokio::task::spawn_blocking(move || {
+        file.seek(SeekFrom::Start(0))?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(file.take(length))?;
+        Ok(hasher)
+    });
+    hashed.await.map_err(io::Error::other)?
 }
 
 /// What has arrived is of no use any more.
@@ -249,9 +269,11 @@ impl Writer {
 async fn tree(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Result<(), Complaint> {
     let bar = job.notes.bar(from, None);
     let mut patience = Patience::new();
+    // What a broken attempt has made is as new as the rest.
+    let is_new = !to.exists();
     loop {
         bar.set_position(0);
-        let error = match attempt(job, vm, from, to.to_owned(), &bar).await {
+        let error = match attempt(job, vm, from, to.to_owned(), is_new, &bar).await {
             Ok(()) => {
                 bar.finish();
                 return Ok(());
@@ -278,6 +300,7 @@ async fn attempt(
     vm: &Vm,
     from: &[u8],
     to: PathBuf,
+    is_new: bool,
     bar: &indicatif::ProgressBar,
 ) -> Result<(), Broken> {
     let mut read = TreeRead::new(from).checked();
@@ -292,6 +315,7 @@ async fn attempt(
     let options = Options {
         sparse: job.sparse,
         all_links: job.all_links,
+        is_new,
     };
     let (notes, busy) = (job.notes.clone(), job.busy.clone());
     let far = io::BufReader::with_capacity(256 << 10, SyncIoBridge::new(far));

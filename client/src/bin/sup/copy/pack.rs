@@ -63,8 +63,11 @@ pub(super) fn pack(
         let mut name: Vec<u8> = prefix.clone();
         name.extend_from_slice(child.as_bytes());
         let about = match std::fs::symlink_metadata(&path) {
-            // Gone meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let shown = path.display();
+                notes.leave_out(&format!("{shown}, which is gone meanwhile"));
+                continue;
+            }
             about => about.map_err(|cause| unreadable(&path, cause))?,
         };
         if about.is_dir() {
@@ -135,6 +138,9 @@ impl<W: Write> Pack<'_, W> {
         };
         let (mut file, about) = open().map_err(|cause| unreadable(path, cause))?;
         if !about.is_file() {
+            let shown = path.display();
+            self.notes
+                .leave_out(&format!("{shown}, which is no file any more"));
             return Ok(());
         }
         let size = about.len();
@@ -249,12 +255,20 @@ impl<W: Write> Pack<'_, W> {
         let wrong = |cause| unreadable(path, cause);
         file.seek(SeekFrom::Start(offset)).map_err(wrong)?;
         let mut left = length;
+        let mut is_short = false;
         while left > 0 {
             let turn = usize::try_from(left).unwrap_or(usize::MAX);
             let turn = turn.min(self.buffer.len());
             let room = self.buffer.get_mut(..turn).unwrap_or_default();
             let count = file.read(room).map_err(wrong)?;
-            // It has become shorter.
+            if count == 0 && !is_short {
+                is_short = true;
+                let shown = path.display();
+                self.notes.leave_out(&format!(
+                    "the end of {shown}, which became shorter meanwhile"
+                ));
+            }
+            // Its length was told already: zeros stand for what is missing.
             let bytes = match count {
                 0 => ZEROS.get(..turn).unwrap_or(&ZEROS),
                 count => room.get(..count).unwrap_or_default(),

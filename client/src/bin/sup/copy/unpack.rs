@@ -38,9 +38,11 @@ pub(super) enum UnpackError {
 pub(super) struct Options {
     pub(super) sparse: bool,
     pub(super) all_links: bool,
+    /// Nothing of the tree was here before the copy, whatever earlier attempts have left.
+    pub(super) is_new: bool,
 }
 
-/// Unpacks all of it into the directory, which is made when missing.
+/// Unpacks all of it into the directory, which is made when missing, and onto its disk.
 pub(super) fn unpack(
     from: impl Read,
     into: &Path,
@@ -53,7 +55,7 @@ pub(super) fn unpack(
     };
     let is_new = match std::fs::create_dir(into) {
         Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => options.is_new,
         Err(error) => return Err(wrong(error)),
     };
     let mut unpack = Unpack {
@@ -68,7 +70,7 @@ pub(super) fn unpack(
     while let Some(entry) = archive.next()? {
         unpack.entry(&mut archive, &entry)?;
     }
-    unpack.close()
+    unpack.close()?.sync().map_err(wrong)
 }
 
 struct Unpack<'n> {
@@ -108,7 +110,10 @@ impl Unpack<'_> {
         let mode = local_mode(entry.mode);
         let mut make = || -> io::Result<bool> {
             let (directory, is_new) = match inside.split() {
-                Some((parents, name)) => make_directory(self.root.directory(parents)?, name)?,
+                Some((parents, name)) => {
+                    let made = make_directory(self.root.directory(parents)?, name)?;
+                    (made.0, made.1 || self.options.is_new)
+                }
                 None => (self.root.directory(&[])?.try_clone_to_owned()?, self.is_new),
             };
             // Who may enter one that was here before is not for the VM to say.
@@ -197,7 +202,7 @@ impl Unpack<'_> {
     }
 
     /// The innermost first: an outer one may keep us out.
-    fn close(mut self) -> Result<(), UnpackError> {
+    fn close(mut self) -> Result<Root, UnpackError> {
         while let Some((inside, mode)) = self.deferred.pop() {
             let mut close = || -> io::Result<()> {
                 let directory = self.root.directory(inside.parts())?.try_clone_to_owned()?;
@@ -208,7 +213,7 @@ impl Unpack<'_> {
                 cause,
             })?;
         }
-        Ok(())
+        Ok(self.root)
     }
 }
 

@@ -97,7 +97,10 @@ impl Waiting {
         Ok((Some(waiting), file))
     }
 
+    /// Gives it its name. A file that had it keeps its rights: who may read it is not for a VM to say.
     pub(super) fn finish(self, file: &File, mode: u32) -> io::Result<()> {
+        let old = std::fs::metadata(&self.to).ok();
+        let mode = old.map_or(mode, |old| old.mode() & 0o7777);
         file.set_permissions(Permissions::from_mode(mode))?;
         // Or a power cut could leave the name with nothing behind it.
         file.sync_all()?;

@@ -3,11 +3,14 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use nix::fcntl::{OFlag, open};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::syncfs;
 use protocol::file::transfer::WriteEnd;
 use protocol::file::tree::{TreeUnpacked, UnpackTree};
 use protocol::message::decode_body;
@@ -54,6 +57,10 @@ fn take(
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root =
         open(&path, flags, Mode::empty()).map_err(|errno| refused("unpack into", &path, errno))?;
+    let disk = root
+        .try_clone()
+        .map_err(|error| failed("unpack into", &path, &error))?;
+    let shown = path.clone();
     let tree = Tree::new(root, path, request.owners, request.special);
     let mut unpack = Unpack::new(tree);
     let mut inflow = Inflow::new(early);
@@ -62,11 +69,21 @@ fn take(
             Piece::Data(data) => unpack.push(data)?,
             Piece::Frame(frame) if frame.kind == protocol::Kind::WRITE_END => {
                 decode_body::<WriteEnd>(&frame.body).map_err(ErrorBody::from)?;
-                return Ok(unpack.finish()?);
+                let done = unpack.finish()?;
+                sync(&disk).map_err(|errno| refused("write", &shown, errno))?;
+                return Ok(done);
             }
             Piece::Frame(frame) => return Err(crate::agent::unsupported(frame.kind).into()),
         }
     }
+}
+
+/// Waits until all of the tree is on its disk. One call for the file system takes less than one for
+/// each of many files.
+fn sync(root: &OwnedFd) -> Result<(), Errno> {
+    // The handle itself allows nothing but finding names.
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    syncfs(openat(root, ".", flags, Mode::empty())?)
 }
 
 /// What the next bytes of the archive are.

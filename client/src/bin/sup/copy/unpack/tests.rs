@@ -87,7 +87,11 @@ impl Ground {
     }
 
     fn unpack_as(&self, made: Made, sparse: bool, all_links: bool) -> Result<(), UnpackError> {
-        let options = Options { sparse, all_links };
+        let options = Options {
+            sparse,
+            all_links,
+            is_new: false,
+        };
         unpack(&made.whole()[..], &self.tree(), options, &self.notes)
     }
 
@@ -281,6 +285,7 @@ fn an_archive_that_ends_early_or_is_damaged_leaves_no_half_file() {
         let options = Options {
             sparse: false,
             all_links: false,
+            is_new: false,
         };
         let unpacked = unpack(&whole[..length], &ground.tree(), options, &ground.notes);
         assert!(unpacked.is_err(), "{length}");
@@ -370,6 +375,7 @@ fn what_is_packed_here_is_unpacked_as_it_was() {
         let options = Options {
             sparse,
             all_links: false,
+            is_new: false,
         };
         unpack(&archive[..], &to, options, &ground.notes).unwrap();
         assert_eq!(fs::read(to.join("d/link")).unwrap(), b"long");
