@@ -16,8 +16,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::addresses::{AddressNews, host_addresses};
+use super::certificates::Certificates;
 use super::frames::LineGuard;
-use super::keys::{Authority, KeyError, LEAF_RENEWAL};
+use super::keys::{KeyError, LEAF_RENEWAL};
 use super::name_servers::{NameServers, RESOLV_CONF};
 use super::requests::{Answer, Requests};
 use super::vm::internal;
@@ -34,7 +35,7 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::fro
 /// The line to proxy.
 pub(crate) struct Api {
     pub(crate) socket: PathBuf,
-    pub(crate) authority: Authority,
+    pub(crate) certificates: Arc<Certificates>,
     pub(crate) requests: Arc<Requests>,
 }
 
@@ -122,6 +123,7 @@ impl Api {
         let named = NameServers::follow(Path::new(RESOLV_CONF));
         let mut name_servers = named.now();
         let mut addresses = host_addresses();
+        let mut shown = self.certificates.changes();
         self.serve(&channel, &addresses, &name_servers).await?;
         let frames = self.requests.host.frames.begin(&channel).await?;
         let syncing = frames.sync(&channel);
@@ -133,6 +135,10 @@ impl Api {
                 () = sleep_until(renewal) => {
                     self.serve(&channel, &addresses, &name_servers).await?;
                     renewal = Instant::now() + LEAF_RENEWAL;
+                    continue;
+                }
+                Ok(()) = shown.changed() => {
+                    self.serve(&channel, &addresses, &name_servers).await?;
                     continue;
                 }
                 heard = news.wait() => {
@@ -174,7 +180,7 @@ impl Api {
         name_servers: &[SocketAddr],
     ) -> Result<(), LineError> {
         let settings = &self.requests.host.settings;
-        let leaf = self.authority.leaf(&settings.domain, addresses)?;
+        let leaf = self.certificates.leaf(addresses)?;
         let address = settings.api.listen;
         let serve = Serve {
             api_address: address.map_or_else(String::new, |address| address.to_string()),

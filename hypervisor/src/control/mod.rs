@@ -6,6 +6,7 @@ mod addresses;
 mod agent_client;
 mod api;
 mod capacity;
+mod certificates;
 mod create;
 mod frames;
 mod keys;
@@ -35,6 +36,7 @@ use crate::settings::{Settings, SettingsError};
 
 use api::Api;
 use capacity::Capacity;
+use certificates::Certificates;
 use frames::Frames;
 use keys::{Authority, KeyError};
 use registry::{RecoverError, Registry};
@@ -134,6 +136,11 @@ async fn serve(
     let store = Store::open(&arguments.state).map_err(PartError::from)?;
     let authority = Authority::open(&store).map_err(PartError::from)?;
     tracing::info!("certificate authority {}", authority.fingerprint());
+    let certificates = Arc::new(Certificates::open(
+        authority,
+        settings.domain.clone(),
+        settings.certificates.clone(),
+    ));
     let total = match settings.limits.total_memory_mib {
         0 => capacity::host_memory_mib(),
         total => total,
@@ -155,7 +162,7 @@ async fn serve(
         registry.recover().await.map_err(PartError::from)?;
         let api = Api {
             socket: arguments.run.join("proxy.sock"),
-            authority,
+            certificates: certificates.clone(),
             requests: Arc::new(Requests {
                 tokens: Tokens::new(host.settings.tokens.clone()),
                 host: host.clone(),
@@ -168,6 +175,7 @@ async fn serve(
         };
         let deadline = tokio::select! {
             () = api.run() => None,
+            () = certificates.follow() => None,
             deadline = deadline => deadline,
         };
         tracing::info!("the host goes down; stopping all VMs");

@@ -2,6 +2,7 @@
 //! file is a working one; an unknown name or a value that cannot be served is an error that says
 //! where it stands. Nothing here is secret: of a token only its hash is kept.
 
+mod certificates;
 mod values;
 mod world;
 
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use protocol::id::{Owner, TemplateName};
 use serde::{Deserialize, Deserializer};
 
+pub use certificates::CertificateFiles;
 pub use values::{Domain, Ipv4Network, Port};
 pub use world::{Edge, Gateway};
 
@@ -59,6 +61,8 @@ pub struct Settings {
     pub edge: Edge,
     /// By what and under which rules VMs reach the world.
     pub gateway: Gateway,
+    /// What to show in place of certificates of the built-in authority.
+    pub certificates: Option<CertificateFiles>,
     /// Who may use the API.
     pub tokens: Vec<Token>,
     /// How VMs come up.
@@ -389,6 +393,7 @@ mod tests {
             guest = {{ kernel = "/k", initramfs = "/i", kvm = "/dev/null" }}
             debug = {{ shell = ["/debug/busybox", "sh"], tty = "ttyS1" }}
             log = {{ level = "debug" }}
+            certificates = {{ chain = "/c.pem", key = "/k.pem" }}
             [network]
             dhcp = false
             [[network.static]]
@@ -416,6 +421,7 @@ mod tests {
     fn an_error_names_the_file_the_line_and_the_key() {
         for (text, expected) in [
             ("\nboot = { deadlines = 3 }", "deadlines"),
+            ("\ncertificates = { chain = \"/c\" }", "missing field `key`"),
             ("\ndomain = \"Example\"", "`Example` is no domain"),
             ("\ndomain = \"a..b\"", "no domain"),
             ("\npublic_port = 0", "port 0"),

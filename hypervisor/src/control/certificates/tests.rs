@@ -1,0 +1,248 @@
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rcgen::{
+    CertificateParams, CertifiedIssuer, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384,
+};
+
+use super::pair::PairError;
+use super::*;
+use crate::control::store::Store;
+
+const NAMES: [&str; 2] = ["vms.example.org", "*.vms.example.org"];
+
+fn domain() -> Domain {
+    let settings =
+        crate::settings::Settings::parse("domain = \"vms.example.org\"", Path::new("/t")).unwrap();
+    settings.domain
+}
+
+/// Chain and key in PEM, valid for `names` from and until so many days from now.
+fn issue(names: &[&str], from: i64, until: i64, key: &KeyPair) -> String {
+    let day = |days: i64| {
+        let distance = Duration::from_secs(days.unsigned_abs() * 86_400);
+        match days < 0 {
+            true => SystemTime::now() - distance,
+            false => SystemTime::now() + distance,
+        }
+    };
+    let authority = KeyPair::generate().unwrap();
+    let issuer = CertifiedIssuer::self_signed(CertificateParams::default(), authority).unwrap();
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    let mut parameters = CertificateParams::new(names).unwrap();
+    parameters.not_before = day(from).into();
+    parameters.not_after = day(until).into();
+    let leaf = parameters.signed_by(key, &issuer).unwrap();
+    format!("{}{}", leaf.pem(), issuer.pem())
+}
+
+struct Place {
+    directory: tempfile::TempDir,
+    files: CertificateFiles,
+}
+
+fn place() -> Place {
+    let directory = tempfile::tempdir().unwrap();
+    let files = CertificateFiles {
+        chain: directory.path().join("chain.pem"),
+        key: directory.path().join("key.pem"),
+    };
+    Place { directory, files }
+}
+
+impl Place {
+    fn write(&self, chain: &str, key: &str) {
+        fs::write(&self.files.key, key).unwrap();
+        fs::write(&self.files.chain, chain).unwrap();
+    }
+
+    fn read(&self) -> Result<Pair, PairError> {
+        Pair::read(&self.files, &domain(), SystemTime::now())
+    }
+}
+
+fn new_pair() -> (String, String) {
+    let key = KeyPair::generate().unwrap();
+    (issue(&NAMES, -1, 90, &key), key.serialize_pem())
+}
+
+#[test]
+fn a_good_pair_is_taken_in_every_form_of_key() {
+    let place = place();
+    for algorithm in [&PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384] {
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let chain = issue(&NAMES, -1, 90, &key);
+        place.write(&chain, &key.serialize_pem());
+        let pair = place.read().unwrap();
+        assert_eq!(pair.chain.len(), 2);
+        let days = pair.expires.duration_since(SystemTime::now()).unwrap();
+        assert_eq!(days.as_secs() / 86_400, 89);
+        // What proxy does with it, and what OpenSSL makes of it in SEC 1.
+        rustls::crypto::ring::sign::any_supported_type(
+            &rustls::pki_types::PrivatePkcs8KeyDer::from(pair.key.clone()).into(),
+        )
+        .unwrap();
+        openssl(&place, &["ec", "-in", "key.pem", "-out", "sec1.pem"]);
+        let sec1 = fs::read_to_string(place.directory.path().join("sec1.pem")).unwrap();
+        assert!(sec1.contains("BEGIN EC PRIVATE KEY"));
+        place.write(&chain, &sec1);
+        let same = place.read().unwrap();
+        rustls::crypto::ring::sign::any_supported_type(
+            &rustls::pki_types::PrivatePkcs8KeyDer::from(same.key).into(),
+        )
+        .unwrap();
+    }
+    openssl(
+        &place,
+        &["genrsa", "-traditional", "-out", "rsa.pem", "2048"],
+    );
+    openssl(
+        &place,
+        &[
+            "req",
+            "-x509",
+            "-key",
+            "rsa.pem",
+            "-subj",
+            "/CN=x",
+            "-days",
+            "9",
+            "-out",
+            "chain.pem",
+            "-addext",
+            "subjectAltName=DNS:vms.example.org,DNS:*.vms.example.org",
+        ],
+    );
+    let rsa = fs::read_to_string(place.directory.path().join("rsa.pem")).unwrap();
+    assert!(rsa.contains("BEGIN RSA PRIVATE KEY"));
+    fs::write(&place.files.key, rsa).unwrap();
+    let pair = place.read().unwrap();
+    rustls::crypto::ring::sign::any_supported_type(
+        &rustls::pki_types::PrivatePkcs8KeyDer::from(pair.key).into(),
+    )
+    .unwrap();
+}
+
+fn openssl(place: &Place, arguments: &[&str]) {
+    let output = std::process::Command::new("openssl")
+        .args(arguments)
+        .current_dir(place.directory.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn a_pair_that_clients_would_refuse_is_refused_with_its_reason() {
+    let place = place();
+    let (chain, key) = new_pair();
+    let message = |place: &Place| place.read().unwrap_err().to_string();
+    assert!(message(&place).contains("cannot read") && message(&place).contains("chain.pem"));
+    place.write("nothing", &key);
+    assert!(message(&place).contains("chain.pem holds no certificates"));
+    place.write(&chain, "nothing");
+    assert!(message(&place).contains("key.pem holds no private key"));
+    place.write(&chain, &new_pair().1);
+    assert!(message(&place).contains("is not that of the first certificate"));
+    let made = KeyPair::generate().unwrap();
+    for (names, from, until, expected) in [
+        (&NAMES[..1], -1, 90, "not for *.vms.example.org"),
+        (&NAMES[1..], -1, 90, "not for vms.example.org"),
+        (&["example.org", "*.example.org"], -1, 90, "not for *.vms"),
+        (&NAMES[..], -9, -1, "has expired"),
+        (&NAMES[..], 1, 90, "not valid yet"),
+    ] {
+        place.write(&issue(names, from, until, &made), &made.serialize_pem());
+        assert!(message(&place).contains(expected), "{}", message(&place));
+    }
+}
+
+fn open(place: &Place) -> Certificates {
+    let store = Store::open(&place.directory.path().join("state")).unwrap();
+    let authority = Authority::open(&store).unwrap();
+    Certificates::open(authority, domain(), Some(place.files.clone()))
+}
+
+async fn changed(changes: &mut watch::Receiver<u64>) {
+    let wait = tokio::time::timeout(Duration::from_secs(60), changes.changed());
+    wait.await.expect("the change is never told").unwrap();
+}
+
+#[tokio::test]
+async fn a_pair_that_is_replaced_is_shown_and_a_broken_one_is_not() {
+    let place = place();
+    let certificates = open(&place);
+    let shown = || certificates.leaf(&[]).unwrap().chain[0].clone();
+    let of = |chain: &str| {
+        use rustls::pki_types::pem::PemObject;
+        rustls::pki_types::CertificateDer::from_pem_slice(chain.as_bytes())
+            .unwrap()
+            .to_vec()
+    };
+    let mut changes = certificates.changes();
+    let work = async {
+        assert_ne!(shown(), shown(), "the authority's, made anew each time");
+        // In place.
+        let (first, key) = new_pair();
+        place.write(&first, &key);
+        changed(&mut changes).await;
+        assert_eq!(shown(), of(&first));
+        // A broken one, then a good one: only the good one is told.
+        place.write("broken", &key);
+        sleep(QUIET * 3).await;
+        assert_eq!(shown(), of(&first));
+        // By a rename, as most tools do it.
+        let (second, key) = new_pair();
+        let aside = place.directory.path().join("aside");
+        fs::write(&aside, &key).unwrap();
+        fs::rename(&aside, &place.files.key).unwrap();
+        fs::write(&aside, &second).unwrap();
+        fs::rename(&aside, &place.files.chain).unwrap();
+        changed(&mut changes).await;
+        assert_eq!(shown(), of(&second));
+        // By links into a directory elsewhere, as certbot does it.
+        let (third, key) = new_pair();
+        let archive = place.directory.path().join("archive");
+        fs::create_dir(&archive).unwrap();
+        fs::write(archive.join("chain"), &third).unwrap();
+        fs::write(archive.join("key"), &key).unwrap();
+        for (target, link) in [("chain", &place.files.chain), ("key", &place.files.key)] {
+            std::os::unix::fs::symlink(Path::new("archive").join(target), &aside).unwrap();
+            fs::rename(&aside, link).unwrap();
+        }
+        changed(&mut changes).await;
+        assert_eq!(shown(), of(&third));
+        let (fourth, key) = new_pair();
+        fs::write(archive.join("chain"), &fourth).unwrap();
+        fs::write(archive.join("key"), &key).unwrap();
+        changed(&mut changes).await;
+        assert_eq!(shown(), of(&fourth));
+    };
+    tokio::select! {
+        () = certificates.follow() => unreachable!(),
+        () = work => {}
+    }
+}
+
+#[tokio::test]
+async fn files_whose_directory_comes_later_are_found() {
+    let mut place = place();
+    let later = place.directory.path().join("later/still");
+    place.files.chain = later.join("chain.pem");
+    place.files.key = later.join("key.pem");
+    let certificates = open(&place);
+    let mut changes = certificates.changes();
+    let work = async {
+        tokio::task::yield_now().await;
+        fs::create_dir_all(&later).unwrap();
+        sleep(QUIET * 3).await;
+        let (chain, key) = new_pair();
+        place.write(&chain, &key);
+        changed(&mut changes).await;
+    };
+    tokio::select! {
+        () = certificates.follow() => unreachable!(),
+        () = work => {}
+    }
+}
