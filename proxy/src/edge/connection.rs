@@ -53,7 +53,7 @@ pub(crate) async fn serve<G: Guests>(
         name: session.server_name().and_then(host_name),
         activity: Arc::clone(&activity),
         signals: signals.clone(),
-        _place: place,
+        place,
     });
     let patience = Patience {
         head: core.limits.head,

@@ -72,6 +72,7 @@ pub(crate) fn judge(head: &[u8], most_fields: usize) -> Result<Framing, Malforme
     }
     let modern = request.version == Some(1);
     let (mut hosts, mut length, mut chunked) = (0_usize, None, false);
+    let mut websocket = false;
     for field in request.headers.iter() {
         if field.name.eq_ignore_ascii_case("host") {
             hosts = hosts.saturating_add(1);
@@ -88,7 +89,13 @@ pub(crate) fn judge(head: &[u8], most_fields: usize) -> Result<Framing, Malforme
                 return Err(Malformed::Bad("a Transfer-Encoding other than chunked"));
             }
             chunked = true;
+        } else if field.name.eq_ignore_ascii_case("upgrade") {
+            websocket |= field.value.eq_ignore_ascii_case(b"websocket");
         }
+    }
+    if websocket && (chunked || length.is_some_and(|length| length > 0)) {
+        // Its end would have to be told from the beginning of the WebSocket.
+        return Err(Malformed::Bad("a WebSocket with a body"));
     }
     if hosts != 1 {
         return Err(Malformed::Bad("not exactly one Host"));

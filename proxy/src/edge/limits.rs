@@ -10,6 +10,10 @@ pub struct Limits {
     pub connections: u32,
     /// Connections of one IPv4 address, or of one IPv6 /64.
     pub connections_per_network: u32,
+    /// Requests and WebSockets over all visitors.
+    pub requests: u32,
+    /// Requests and WebSockets of one IPv4 address, or of one IPv6 /64.
+    pub requests_per_network: u32,
     /// Requests and WebSockets that one VM has at the same time.
     pub requests_per_vm: u32,
     /// Bytes of a request's head: its line and its header fields.
@@ -51,6 +55,8 @@ impl Default for Limits {
         Self {
             connections: 16_384,
             connections_per_network: 512,
+            requests: 32_768,
+            requests_per_network: 2_048,
             requests_per_vm: 1_024,
             head_bytes: 32 * 1024,
             header_fields: 100,

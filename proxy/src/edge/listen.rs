@@ -99,9 +99,7 @@ async fn accept<G: Guests>(listener: TcpListener, speaks: Speaks, core: Arc<Core
     loop {
         match listener.accept().await {
             Ok((socket, peer)) => {
-                let limits = &core.limits;
-                let most = limits.connections_per_network;
-                let Some(place) = core.places.take(peer.ip(), limits.connections, most) else {
+                let Some(place) = core.places.take(peer.ip()) else {
                     log_full(peer);
                     continue;
                 };

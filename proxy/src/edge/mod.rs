@@ -92,17 +92,18 @@ impl<G: Guests> Edge<G> {
         if let Err(error) = &tickets {
             tracing::warn!(%error, "TLS sessions cannot be resumed");
         }
+        let limits = Arc::new(limits);
         Self {
             core: Arc::new(Core {
                 guests,
                 tries: Tries::new(limits.tries, limits.tries_period),
-                limits: Arc::new(limits),
+                places: Places::new(&limits),
+                limits,
                 names: RwLock::new(Arc::new(Names {
                     domain: String::new(),
                     public_port: 443,
                 })),
                 tls: RwLock::new(None),
-                places: Arc::default(),
                 pools: Pools::default(),
                 tasks: Tasks::default(),
             }),

@@ -171,7 +171,10 @@ impl Page {
             Self::Stopped => "Its owner has to start it: `sup start`.".into(),
             Self::StartFailed(why) => format!("Starting it ended with: {why}"),
             Self::StartTimeout => "Try again in a moment.".into(),
-            Self::TooMany => "This VM has all the connections it may have. Try again soon.".into(),
+            Self::TooMany => {
+                "The VM, or your network, has all the connections it may have. Try again soon."
+                    .into()
+            }
             Self::Unavailable => "Try again in a moment.".into(),
         }
     }

@@ -1,21 +1,32 @@
-//! How many connections may be open, over all and by network. A place is taken before anything is
-//! read and given back when the connection has ended; nobody is remembered after that.
+//! How many connections and requests there may be, over all and by network. A connection's place is
+//! taken before anything of it is read and given back when it has ended; nobody is remembered after
+//! that. Requests are bounded apart, because one connection by HTTP/2 carries many.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::limits::Limits;
 use crate::api::strangers::network;
 
-/// All connections.
-#[derive(Debug, Default)]
-pub(crate) struct Places(Mutex<Taken>);
+/// All connections and requests.
+#[derive(Debug)]
+pub(crate) struct Places {
+    limits: Arc<Limits>,
+    taken: Mutex<Taken>,
+}
 
 #[derive(Debug, Default)]
 struct Taken {
-    all: u32,
-    by_network: HashMap<IpAddr, u32>,
+    all: Count,
+    by_network: HashMap<IpAddr, Count>,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    connections: u32,
+    requests: u32,
 }
 
 /// One connection's place.
@@ -25,25 +36,34 @@ pub(crate) struct Place {
     network: IpAddr,
 }
 
+/// One request's place.
+#[derive(Debug)]
+pub(crate) struct RequestPlace {
+    places: Arc<Places>,
+    network: IpAddr,
+}
+
 impl Places {
+    pub(crate) fn new(limits: &Arc<Limits>) -> Arc<Self> {
+        Arc::new(Self {
+            limits: Arc::clone(limits),
+            taken: Mutex::default(),
+        })
+    }
+
     /// A place for a connection from `address`.
-    pub(crate) fn take(
-        self: &Arc<Self>,
-        address: IpAddr,
-        most: u32,
-        most_per_network: u32,
-    ) -> Option<Place> {
+    pub(crate) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let network = network(address);
         let mut taken = self.lock();
-        if taken.all >= most {
+        let Taken { all, by_network } = &mut *taken;
+        let most = self.limits.connections_per_network;
+        let before = by_network.get(&network).map_or(0, |own| own.connections);
+        if all.connections >= self.limits.connections || before >= most {
             return None;
         }
-        let count = taken.by_network.entry(network).or_insert(0);
-        if *count >= most_per_network {
-            return None;
-        }
-        *count = count.saturating_add(1);
-        taken.all = taken.all.saturating_add(1);
+        let own = by_network.entry(network).or_default();
+        own.connections = own.connections.saturating_add(1);
+        all.connections = all.connections.saturating_add(1);
         Some(Place {
             places: Arc::clone(self),
             network,
@@ -51,20 +71,54 @@ impl Places {
     }
 
     fn lock(&self) -> MutexGuard<'_, Taken> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// A place for a request on this connection.
+    pub(crate) fn request(&self) -> Option<RequestPlace> {
+        let mut taken = self.places.lock();
+        let Taken { all, by_network } = &mut *taken;
+        let limits = &self.places.limits;
+        let own = by_network.entry(self.network).or_default();
+        if all.requests >= limits.requests || own.requests >= limits.requests_per_network {
+            return None;
+        }
+        own.requests = own.requests.saturating_add(1);
+        all.requests = all.requests.saturating_add(1);
+        Some(RequestPlace {
+            places: Arc::clone(&self.places),
+            network: self.network,
+        })
+    }
+}
+
+impl Taken {
+    fn give_back(&mut self, network: IpAddr, count: impl Fn(&mut Count) -> &mut u32) {
+        let all = count(&mut self.all);
+        *all = all.saturating_sub(1);
+        if let Entry::Occupied(mut own) = self.by_network.entry(network) {
+            let counted = count(own.get_mut());
+            *counted = counted.saturating_sub(1);
+            if own.get().connections == 0 && own.get().requests == 0 {
+                own.remove();
+            }
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut taken = self.places.lock();
-        taken.all = taken.all.saturating_sub(1);
-        if let Entry::Occupied(mut count) = taken.by_network.entry(self.network) {
-            *count.get_mut() = count.get().saturating_sub(1);
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
+        taken.give_back(self.network, |count| &mut count.connections);
+    }
+}
+
+impl Drop for RequestPlace {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        taken.give_back(self.network, |count| &mut count.requests);
     }
 }
 
@@ -74,15 +128,38 @@ mod tests {
 
     #[test]
     fn places_are_limited_by_network_and_over_all_and_come_back() {
-        let places = Arc::new(Places::default());
-        let take = |text: &str| places.take(text.parse().unwrap(), 3, 2);
+        let limits = Limits {
+            connections: 3,
+            connections_per_network: 2,
+            requests: 4,
+            requests_per_network: 3,
+            ..Limits::default()
+        };
+        let places = Places::new(&Arc::new(limits));
+        let take = |text: &str| places.take(text.parse().unwrap());
         let first = take("192.0.2.1").unwrap();
-        let _second = take("192.0.2.1").unwrap();
+        let second = take("192.0.2.1").unwrap();
         assert!(take("192.0.2.1").is_none());
         let third = take("2001:db8::1").unwrap();
         assert!(take("2001:db8:1::1").is_none(), "over all");
+        let mut requests: Vec<_> = (0..2).map(|_| first.request().unwrap()).collect();
+        requests.push(second.request().unwrap());
+        assert!(first.request().is_none(), "the network has three");
+        requests.push(third.request().unwrap());
+        assert!(third.request().is_none(), "over all");
         drop((first, third));
         assert!(take("192.0.2.1").is_some());
-        assert_eq!(places.lock().by_network.len(), 1);
+        assert!(second.request().is_none());
+        requests.pop();
+        requests.pop();
+        assert!(second.request().is_some());
+        drop(second);
+        assert_eq!(
+            places.lock().by_network.len(),
+            1,
+            "requests outlive connections"
+        );
+        drop(requests);
+        assert!(places.lock().by_network.is_empty(), "nobody is remembered");
     }
 }

@@ -28,7 +28,7 @@ use super::guests::{Guest, Guests};
 use super::headers::{Hop, Origin, asks_for_websocket, is_grpc, to_guest, to_visitor};
 use super::log::Entry;
 use super::pages::{Page, wants_html};
-use super::places::Place;
+use super::places::{Place, RequestPlace};
 use super::pool::VmPlace;
 use super::route::{Route, host_name, route};
 use super::visitor::Signals;
@@ -43,14 +43,15 @@ pub(crate) struct Connection {
     pub(crate) activity: Arc<Activity>,
     /// Only with HTTP/1.1.
     pub(crate) signals: Option<Arc<Signals>>,
-    pub(crate) _place: Place,
+    pub(crate) place: Place,
 }
 
 /// A request that is being answered, or a WebSocket. The connection has its place as long.
 #[derive(Debug)]
 pub(crate) struct InFlight {
     pub(super) connection: Arc<Connection>,
-    place: Option<VmPlace>,
+    place: Option<RequestPlace>,
+    vm_place: Option<VmPlace>,
     answered: bool,
 }
 
@@ -59,7 +60,8 @@ impl InFlight {
         connection.activity.request_began();
         Self {
             connection: Arc::clone(connection),
-            place: None,
+            place: connection.place.request(),
+            vm_place: None,
             answered: false,
         }
     }
@@ -73,6 +75,7 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        self.vm_place = None;
         self.place = None;
         self.connection.activity.request_ended(self.answered);
     }
@@ -150,8 +153,9 @@ async fn respond<G: Guests>(
     request: Request<Incoming>,
     entry: &mut Entry,
 ) -> Result<Response<Answer>, Page> {
-    let Some(connection) = in_flight.as_ref().map(|own| Arc::clone(&own.connection)) else {
-        return Err(Page::Unavailable);
+    let connection = match in_flight {
+        Some(own) if own.place.is_some() => Arc::clone(&own.connection),
+        _ => return Err(Page::TooMany),
     };
     let (mut head, body) = request.into_parts();
     sound(&head, core.limits.header_fields, core.limits.head_bytes)?;
@@ -184,7 +188,7 @@ async fn respond<G: Guests>(
     let pool = core.pool(&guest);
     let place = pool.enter().ok_or(Page::TooMany)?;
     if let Some(in_flight) = in_flight {
-        in_flight.place = Some(place);
+        in_flight.vm_place = Some(place);
     }
     let target = Target { guest, port, pool };
     if hop == Hop::WebSocket {

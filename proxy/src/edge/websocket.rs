@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use data_encoding::BASE64;
 use http::header::{
-    CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
 };
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
@@ -36,6 +37,7 @@ pub(super) async fn serve<G: Guests>(
     let http2 = head.method == Method::CONNECT;
     let visitor = head.extensions.remove::<OnUpgrade>();
     let visitor = visitor.ok_or(Page::BadRequest("no connection to upgrade"))?;
+    head.headers.remove(CONTENT_LENGTH);
     to_guest(&mut head.headers, &asked.origin, Hop::WebSocket);
     let expected = if http2 {
         Some(own_key(&mut head.headers)?)

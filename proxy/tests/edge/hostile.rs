@@ -71,6 +71,10 @@ async fn what_two_readers_could_understand_differently_is_a_400_and_the_end() {
         ("GET http://elsewhere.example/ HTTP/1.1", sane.clone()),
         ("GET elsewhere.example:80 HTTP/1.1", sane.clone()),
         ("GET * HTTP/1.1", sane.clone()),
+        (
+            "GET / HTTP/1.1",
+            format!("{sane}Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n"),
+        ),
         ("GET / HTTP/2.0", sane.clone()),
         ("GET / HTTP/1.1 x", sane.clone()),
         ("PRI * HTTP/2.0", String::new()),
@@ -260,6 +264,53 @@ async fn one_address_takes_its_share_of_connections_and_leaves_others_theirs() {
     drop(open);
     soon("places that come back", async {
         while world.tls_from(None, &host, "http/1.1").await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_address_has_so_many_requests_at_a_time_over_all_its_connections() {
+    let world = World::with(|limits| limits.requests_per_network = 3).await;
+    let entered = std::sync::Arc::new(Semaphore::new(0));
+    let inside = entered.clone();
+    let vm = world
+        .vm_with(move |_| {
+            inside.add_permits(1);
+            async {
+                tokio::time::sleep(PATIENCE).await;
+                http::Response::new(empty())
+            }
+        })
+        .await;
+    let host = vm.host();
+    let (mut one, mut other) = (world.http2(&host).await, world.http2(&host).await);
+    let request = || {
+        let request = Request::get(format!("https://{host}/")).body(empty());
+        request.unwrap()
+    };
+    let waiting = [
+        tokio::spawn(one.send_request(request())),
+        tokio::spawn(one.send_request(request())),
+        tokio::spawn(other.send_request(request())),
+    ];
+    soon("all three", entered.acquire_many(3))
+        .await
+        .unwrap()
+        .forget();
+    let sending = other.send_request(request());
+    let got = Got::of(soon("an answer", sending).await.unwrap()).await;
+    assert_eq!(
+        (got.status.as_u16(), &got.json()["error"]),
+        (503, &"too_many".into())
+    );
+    for visitor in waiting {
+        visitor.abort();
+    }
+    let tells = world.vm_that_tells().await;
+    soon("the places", async {
+        while world.get(&tells.host(), &[]).await.status.as_u16() != 200 {
             tokio::task::yield_now().await;
         }
     })
