@@ -494,7 +494,7 @@ fn network() -> Result<()> {
 
 fn interface_up(address: [u8; 4]) -> Result<()> {
     let any = UdpSocket::bind("0.0.0.0:0")?;
-    let ask = |request: u64, fill: &dyn Fn(&mut libc::ifreq)| {
+    let ask = |request: libc::c_ulong, fill: &dyn Fn(&mut libc::ifreq)| {
         // SAFETY: all zeros is a valid request.
         let mut wanted: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in wanted.ifr_name.iter_mut().zip(*b"eth0") {
@@ -515,9 +515,9 @@ fn interface_up(address: [u8; 4]) -> Result<()> {
             request.ifr_ifru.ifru_addr = address;
         }
     };
-    ask(libc::SIOCSIFADDR as u64, &internet(address))?;
-    ask(libc::SIOCSIFNETMASK as u64, &internet([255, 255, 255, 0]))?;
-    ask(libc::SIOCSIFFLAGS as u64, &|request| {
+    ask(libc::SIOCSIFADDR, &internet(address))?;
+    ask(libc::SIOCSIFNETMASK, &internet([255, 255, 255, 0]))?;
+    ask(libc::SIOCSIFFLAGS, &|request| {
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     })?;
     Ok(())
