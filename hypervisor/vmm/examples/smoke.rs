@@ -1,7 +1,7 @@
 //! Boots one guest under the monitor and says what happened: for whoever works on the monitor and
 //! wants an answer in seconds. One static binary plays every part. As PID 1 of an emulated server
 //! it loads KVM, plays control and starts itself as the monitor; as PID 1 of the guest it looks
-//! around, answers on vsock and ends the machine in the way that was asked for.
+//! around, sends frames, answers on vsock and ends the machine in the way that was asked for.
 //!
 //! `examples/smoke.sh [poweroff|reboot|panic|triple|hang]` puts the initramfs together and
 //! runs QEMU.
@@ -9,7 +9,9 @@
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -24,7 +26,7 @@ use nix::sys::socket::{
 use protocol::host::channel;
 use protocol::host::supervisor::Run;
 use protocol::host::vmm::{
-    Connect, Connected, Ending, Identify, Identity, SwitchOff, VmmConfig, descriptor,
+    AttachFrames, Connect, Connected, Ending, Identify, Identity, SwitchOff, VmmConfig, descriptor,
 };
 use protocol::host::{DESCRIPTORS_VARIABLE, FIRST_DESCRIPTOR};
 use protocol::message::decode;
@@ -33,6 +35,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const AGENT_PORT: u32 = 1024;
 const HOST_CID: u32 = 2;
+const GATEWAY: [u8; 4] = [10, 213, 0, 1];
+const GATEWAY_HARDWARE: [u8; 6] = [2, 0x73, 0x75, 0x70, 0, 1];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -180,6 +184,14 @@ fn server(cmdline: &str) -> Result<()> {
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
+    let (frames, theirs_too) = UnixStream::pair()?;
+    channel::send(control.as_fd(), &AttachFrames {}, &[theirs_too.as_fd()])?;
+    drop(theirs_too);
+    std::thread::spawn(move || {
+        if let Err(error) = respond(frames) {
+            println!("smoke: frame channel: {error}");
+        }
+    });
     let attempt = Connect {
         ticket: 7,
         port: AGENT_PORT,
@@ -221,6 +233,63 @@ fn server(cmdline: &str) -> Result<()> {
     log.read_to_end(&mut text)?;
     println!("smoke: console log:\n{}", String::from_utf8_lossy(&text));
     Ok(())
+}
+
+/// A network of one: answers ARP, pings and datagrams for the gateway's address. As on the real
+/// channel, nobody makes checksums of UDP.
+fn respond(mut channel: UnixStream) -> Result<()> {
+    let mut known = false;
+    loop {
+        let mut length = [0; 4];
+        channel.read_exact(&mut length)?;
+        let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+        channel.read_exact(&mut frame)?;
+        if !known {
+            println!("smoke: first frame: {:02x?}", &frame[..frame.len().min(42)]);
+            known = true;
+        }
+        let Some(answer) = answer(&frame) else {
+            continue;
+        };
+        channel.write_all(&(answer.len() as u32).to_be_bytes())?;
+        channel.write_all(&answer)?;
+    }
+}
+
+fn answer(frame: &[u8]) -> Option<Vec<u8>> {
+    let mut answer = frame.to_vec();
+    answer[..6].copy_from_slice(&frame[6..12]);
+    answer[6..12].copy_from_slice(&GATEWAY_HARDWARE);
+    match frame.get(12..14)? {
+        // ARP: who has the gateway's address?
+        [8, 6] if frame.get(38..42)? == GATEWAY => {
+            answer[21] = 2;
+            answer[32..42].copy_from_slice(&frame[22..32]);
+            answer[22..28].copy_from_slice(&GATEWAY_HARDWARE);
+            answer[28..32].copy_from_slice(&GATEWAY);
+        }
+        // IPv4: the header's checksum stays right when the addresses change places.
+        [8, 0] if frame.get(30..34)? == GATEWAY => {
+            answer[26..30].copy_from_slice(&GATEWAY);
+            answer[30..34].copy_from_slice(&frame[26..30]);
+            match (frame[23], frame.get(34)?) {
+                (1, 8) => {
+                    let sum = u16::from_be_bytes([frame[36], frame[37]]);
+                    let (sum, carry) = sum.overflowing_add(0x0800);
+                    answer[34] = 0;
+                    answer[36..38].copy_from_slice(&(sum + u16::from(carry)).to_be_bytes());
+                }
+                (17, _) => {
+                    answer[34..36].copy_from_slice(&frame[36..38]);
+                    answer[36..38].copy_from_slice(&frame[34..36]);
+                    answer[40..42].copy_from_slice(&[0xba, 0xad]);
+                }
+                _ => return None,
+            }
+        }
+        _ => return None,
+    }
+    Some(answer)
 }
 
 fn memory_file(content: &[u8]) -> Result<File> {
@@ -329,6 +398,9 @@ fn guest(cmdline: &str) -> Result<()> {
         log.truncate(usize::try_from(length).unwrap_or(0));
         println!("{}", String::from_utf8_lossy(&log));
     }
+    if let Err(error) = network() {
+        println!("guest: network: {error}");
+    }
     if let Err(error) = agent() {
         println!("guest: vsock: {error}");
     }
@@ -351,6 +423,111 @@ fn uptime() -> String {
         .next()
         .unwrap_or_default()
         .to_owned()
+}
+
+/// Gives eth0 its address and talks to the gateway.
+fn network() -> Result<()> {
+    let read = |name: &str| {
+        fs::read_to_string(format!("/sys/class/net/eth0/{name}"))
+            .unwrap_or_else(|error| error.to_string())
+    };
+    interface_up([10, 213, 0, 2])?;
+    println!(
+        "guest: eth0 {} mtu {} {}",
+        read("address").trim(),
+        read("mtu").trim(),
+        read("operstate").trim()
+    );
+    let pinger = socket(
+        AddressFamily::Inet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        nix::sys::socket::SockProtocol::Icmp,
+    )?;
+    let [a, b, c, d] = GATEWAY;
+    connect(
+        pinger.as_raw_fd(),
+        &nix::sys::socket::SockaddrIn::new(a, b, c, d, 0),
+    )?;
+    let limit = nix::sys::time::TimeVal::new(10, 0);
+    nix::sys::socket::setsockopt(&pinger, nix::sys::socket::sockopt::ReceiveTimeout, &limit)?;
+    let mut pinger = File::from(pinger);
+    for round in 0..5_u8 {
+        let asked = Instant::now();
+        // Type, code, checksum, identifier, number: the sum of all words is all ones.
+        let sum = !(0x0800_u16 + 0x77 + u16::from(round));
+        let [high, low] = sum.to_be_bytes();
+        pinger.write_all(&[8, 0, high, low, 0, 0x77, 0, round])?;
+        let mut bytes = [0; 100];
+        let count = pinger.read(&mut bytes)?;
+        println!(
+            "guest: ping {round}: {:?} after {} us",
+            &bytes[20..count],
+            asked.elapsed().as_micros()
+        );
+    }
+    let echo = UdpSocket::bind("10.213.0.2:0")?;
+    echo.connect("10.213.0.1:7")?;
+    echo.set_read_timeout(Some(Duration::from_secs(10)))?;
+    for length in [1, 100, 1472, 9000, 65_492, 65_492] {
+        let data: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
+        let asked = Instant::now();
+        echo.send(&data)?;
+        let mut back = vec![0; 70_000];
+        let count = echo.recv(&mut back)?;
+        println!(
+            "guest: {length} bytes by UDP and back: {} after {} us",
+            if back[..count] == data {
+                "same"
+            } else {
+                "DIFFERENT"
+            },
+            asked.elapsed().as_micros()
+        );
+    }
+    let snmp = fs::read_to_string("/proc/net/snmp")?;
+    for line in snmp.lines().filter(|line| line.starts_with("Udp:")) {
+        println!("guest: {line}");
+    }
+    Ok(())
+}
+
+fn interface_up(address: [u8; 4]) -> Result<()> {
+    let any = UdpSocket::bind("0.0.0.0:0")?;
+    let ask = |request: libc::c_ulong, fill: &dyn Fn(&mut libc::ifreq)| {
+        // SAFETY: all zeros is a valid request.
+        let mut wanted: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in wanted.ifr_name.iter_mut().zip(*b"eth0") {
+            *to = from.cast_signed();
+        }
+        fill(&mut wanted);
+        // SAFETY: the request lives across the call.
+        let done = unsafe { libc::ioctl(any.as_raw_fd(), request as _, &raw const wanted) };
+        nix::errno::Errno::result(done).map(drop)
+    };
+    let internet = |bytes: [u8; 4]| {
+        move |request: &mut libc::ifreq| {
+            let mut address = request_address();
+            let port = 2;
+            for (to, from) in address.sa_data.iter_mut().skip(port).zip(bytes) {
+                *to = from.cast_signed();
+            }
+            request.ifr_ifru.ifru_addr = address;
+        }
+    };
+    ask(libc::SIOCSIFADDR, &internet(address))?;
+    ask(libc::SIOCSIFNETMASK, &internet([255, 255, 255, 0]))?;
+    ask(libc::SIOCSIFFLAGS, &|request| {
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    })?;
+    Ok(())
+}
+
+fn request_address() -> libc::sockaddr {
+    // SAFETY: all zeros is a valid address.
+    let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
+    address.sa_family = libc::AF_INET as libc::sa_family_t;
+    address
 }
 
 /// Listens, rings the doorbell, answers one connection until it is told to quit.
