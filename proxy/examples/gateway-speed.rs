@@ -136,7 +136,7 @@ fn main() {
         "link set lo up",
         "address add 5.5.5.5/32 dev lo",
         // passt wants a way out before it starts.
-        "link add out type dummy",
+        "tuntap add out mode tap",
         "address add 5.5.6.2/24 dev out",
         "link set out up",
         "route add default via 5.5.6.1",
