@@ -55,10 +55,10 @@ fn within<T: Send + 'static>(namespace: &OwnedFd, work: impl FnOnce() -> T + Sen
 }
 
 /// Bits per second that iperf3's receiver saw, in Gbit/s.
-fn iperf(namespace: &OwnedFd, direction: &'static str) -> f64 {
+fn iperf(namespace: &OwnedFd, address: &'static str, direction: &'static str) -> f64 {
     within(namespace, move || {
         let output = Command::new("iperf3")
-            .args(["-J", "-t", SECONDS, "-c", WORLD_V4])
+            .args(["-J", "-t", SECONDS, "-c", address])
             .args(direction.split(' ').filter(|word| !word.is_empty()))
             .output()
             .unwrap();
@@ -74,9 +74,9 @@ fn iperf(namespace: &OwnedFd, direction: &'static str) -> f64 {
 }
 
 /// Microseconds of a round trip of one byte: median and 99th percentile.
-fn round_trip(namespace: &OwnedFd, port: u16) -> (f64, f64) {
+fn round_trip(namespace: &OwnedFd, address: &'static str, port: u16) -> (f64, f64) {
     within(namespace, move || {
-        let mut stream = TcpStream::connect((WORLD_V4, port)).unwrap();
+        let mut stream = TcpStream::connect((address, port)).unwrap();
         stream.set_nodelay(true).unwrap();
         let mut times: Vec<Duration> = (0..ROUND_TRIPS)
             .map(|_| {
@@ -92,10 +92,10 @@ fn round_trip(namespace: &OwnedFd, port: u16) -> (f64, f64) {
     })
 }
 
-fn report(name: &str, namespace: &OwnedFd, port: u16) {
-    let (median, high) = round_trip(namespace, port);
-    let up = iperf(namespace, "");
-    let down = iperf(namespace, "-R");
+fn report(name: &str, namespace: &OwnedFd, address: &'static str, port: u16) {
+    let (median, high) = round_trip(namespace, address, port);
+    let up = iperf(namespace, address, "");
+    let down = iperf(namespace, address, "-R");
     println!("| {name} | {up:.2} | {down:.2} | {median:.0} | {high:.0} |");
 }
 
@@ -110,11 +110,21 @@ fn peer(name: &str, line: impl Fn(u32) -> String, port: u16) {
     };
     std::thread::sleep(Duration::from_secs(2));
     let namespace = OwnedFd::from(File::open(format!("/proc/{pid}/ns/net")).unwrap());
-    report(name, &namespace, port);
+    report(name, &namespace, WORLD_V4, port);
+}
+
+/// The namespace of a program's child.
+fn child(pid: u32) -> Option<OwnedFd> {
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let children = std::fs::read_to_string(children).ok()?;
+    let child = children.split(' ').next()?;
+    File::open(format!("/proc/{child}/ns/net"))
+        .ok()
+        .map(OwnedFd::from)
 }
 
 fn echo() -> u16 {
-    let listener = TcpListener::bind((WORLD_V4, 0)).unwrap();
+    let listener = TcpListener::bind(("0.0.0.0", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -136,7 +146,8 @@ fn main() {
         "link set lo up",
         "address add 5.5.5.5/32 dev lo",
         // passt wants a way out before it starts.
-        "link add out type dummy",
+        "link add out type veth peer name out2",
+        "link set out2 up",
         "address add 5.5.6.2/24 dev out",
         "link set out up",
         "route add default via 5.5.6.1",
@@ -155,7 +166,7 @@ fn main() {
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("loopback") {
         let host = OwnedFd::from(File::open("/proc/thread-self/ns/net").unwrap());
-        report("loopback", &host, port);
+        report("loopback", &host, WORLD_V4, port);
     }
     if wanted("gateway") {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -166,7 +177,7 @@ fn main() {
         let _entered = runtime.enter();
         let (guest, channel) = net::Guest::new(Impairment::default());
         let stack = Stack::start(net::settings(Egress::default()), channel, Common::new()).unwrap();
-        report("gateway", guest.namespace(), port);
+        report("gateway", guest.namespace(), WORLD_V4, port);
         println!("{:?}", stack.counters());
         drop(stack);
     }
@@ -175,7 +186,13 @@ fn main() {
         peer("slirp4netns", line, port);
     }
     if wanted("passt") {
-        let line = |pid| format!("pasta --config-net --mtu 65520 --foreground --runas 0 {pid}");
-        peer("passt", line, port);
+        // It makes its own namespace, whose first program is the one to look for; and it leads
+        // its way out's gateway, not other addresses, to the host's loopback.
+        let pasta = start("pasta -4 --config-net --mtu 65520 --runas 0:0 --foreground sleep 1001");
+        std::thread::sleep(Duration::from_secs(2));
+        match pasta.as_ref().and_then(|pasta| child(pasta.0.id())) {
+            Some(namespace) => report("passt", &namespace, "5.5.6.1", port),
+            None => println!("| passt | did not start | | | |"),
+        }
     }
 }

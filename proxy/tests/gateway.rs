@@ -613,3 +613,23 @@ fn a_thousand_connections_stay_open_side_by_side() {
         assert_eq!(link.stack.counters().connections, NUMBER as u64);
     });
 }
+
+#[test]
+fn the_edge_learns_that_a_connection_did_not_end_but_its_vm_did() {
+    world(|| async {
+        let net::Link {
+            stack,
+            guest,
+            common: _common,
+        } = link();
+        let listener = guest
+            .run(|| std::net::TcpListener::bind("10.213.0.2:3000").unwrap())
+            .await;
+        let accept = guest.run(move || listener.accept().unwrap().0);
+        let (edge, _inside) = tokio::join!(stack.connect(3000), accept);
+        let mut edge = edge.unwrap();
+        drop(stack);
+        let error = edge.read(&mut [0; 10]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    });
+}

@@ -9,9 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use protocol::host::proxy::ServeGateway;
 use protocol::network::{Egress, RuleProtocol};
 use smoltcp::iface::{Config, Interface};
 use smoltcp::wire::{HardwareAddress, IpCidr, IpProtocol};
@@ -209,14 +211,7 @@ impl Engine {
             }
             if more {
                 tokio::task::yield_now().await;
-                // Orders must not starve behind a flood of frames.
-                while let Ok(order) = told.orders.try_recv() {
-                    self.obey(order);
-                }
-                if told.egress.has_changed().unwrap_or(false) {
-                    let egress = told.egress.borrow_and_update().clone();
-                    self.update(egress);
-                }
+                self.catch_up(&mut told, &mut gateway);
                 continue;
             }
             let deadline = self.deadline();
@@ -237,8 +232,7 @@ impl Engine {
                 }
                 Ok(()) = gateway.changed() => {
                     let settings = Arc::clone(&gateway.borrow_and_update());
-                    self.policy.set_operator(settings.rules.clone());
-                    self.count_limits();
+                    self.reconfigure(&settings);
                 }
                 Some(answer) = self.questions.next(), if !self.questions.is_empty() => {
                     self.now();
@@ -246,6 +240,32 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Orders, settings and answers must not starve behind a flood of frames.
+    fn catch_up(&mut self, told: &mut Orders, gateway: &mut watch::Receiver<Arc<ServeGateway>>) {
+        while let Ok(order) = told.orders.try_recv() {
+            self.obey(order);
+        }
+        if told.egress.has_changed().unwrap_or(false) {
+            let egress = told.egress.borrow_and_update().clone();
+            self.update(egress);
+        }
+        if gateway.has_changed().unwrap_or(false) {
+            let settings = Arc::clone(&gateway.borrow_and_update());
+            self.reconfigure(&settings);
+        }
+        for _ in 0..self.questions.len() {
+            match self.questions.next().now_or_never() {
+                Some(Some(answer)) => self.answered(answer),
+                _ => return,
+            }
+        }
+    }
+
+    fn reconfigure(&mut self, settings: &ServeGateway) {
+        self.policy.set_operator(settings.rules.clone());
+        self.count_limits();
     }
 
     /// Everything that can be done without waiting, up to a limit. Whether there is more, and

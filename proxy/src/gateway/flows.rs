@@ -132,6 +132,7 @@ impl Engine {
             Errno::ENETUNREACH | Errno::ENETDOWN => Unreachable::Network,
             Errno::EHOSTUNREACH | Errno::EHOSTDOWN => Unreachable::Host,
             Errno::EACCES | Errno::EPERM => Unreachable::Prohibited,
+            Errno::EMFILE | Errno::ENFILE => return count(&self.counters.limited),
             // Too large, or no buffers: lost, as packets are.
             _ => return,
         };

@@ -50,9 +50,10 @@ impl Ready {
 /// Something that is open.
 pub(super) struct Entry {
     pub(super) key: Key,
+    // Before the socket, so that a reset is marked before its end is seen.
+    pub(super) kind: Kind,
     pub(super) socket: OwnedFd,
     pub(super) ready: Ready,
-    pub(super) kind: Kind,
     /// Held by what is open to the world.
     pub(super) permit: Option<Permit>,
     dirty: bool,
@@ -220,13 +221,18 @@ impl Engine {
                 deadline
             }
             Next::Gone { reset } => {
-                if let Some(entry) = self.remove(token)
-                    && reset
-                {
-                    if let Kind::Tcp(connection) = &entry.kind {
-                        connection.mark_reset();
-                    }
-                    world::reset(entry.socket);
+                let Some(Entry {
+                    mut kind, socket, ..
+                }) = self.remove(token)
+                else {
+                    return;
+                };
+                if let Kind::Tcp(connection) = &mut kind {
+                    connection.orderly = !reset;
+                }
+                drop(kind);
+                if reset {
+                    world::reset(socket);
                 }
                 return;
             }

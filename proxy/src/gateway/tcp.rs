@@ -85,6 +85,9 @@ pub(super) struct Connection {
     ended: bool,
     /// The connection is reset on both sides.
     broken: bool,
+    /// Both directions ended as they should; otherwise whoever holds the other end of a pair has
+    /// to learn that its end is not the guest's.
+    pub(super) orderly: bool,
     /// When it is given up.
     limit: Option<Instant>,
     /// The sequence number behind everything that the guest ever sent.
@@ -107,6 +110,7 @@ impl Connection {
             finished: false,
             ended: false,
             broken: false,
+            orderly: false,
             limit: None,
             reached: None,
             acknowledged: None,
@@ -119,11 +123,6 @@ impl Connection {
     pub(super) fn abort(&mut self) {
         self.broken = true;
         self.guest.tcp().abort();
-    }
-
-    /// Lets whoever holds the other end of a pair know that its end was a reset.
-    pub(super) fn mark_reset(&self) {
-        self.was_reset.store(true, Ordering::Release);
     }
 
     fn note(&mut self, end: u32) {
@@ -221,6 +220,14 @@ impl Connection {
             self.guest.trim();
         }
         None
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if !self.orderly {
+            self.was_reset.store(true, Ordering::Release);
+        }
     }
 }
 
