@@ -230,6 +230,16 @@ async fn a_label_that_nobody_has_reaches_control_once() {
     let (wanted, ours, _theirs) = attach(2, 'b', 1);
     vms.attach(wanted, ours);
     assert_eq!(vms.wake(&label('b')).await.unwrap(), (id(2), 1));
+    // And no longer unknown when it stops.
+    vms.detach(&detach(2, 1));
+    let again = tokio::spawn({
+        let vms = Arc::clone(&vms);
+        async move { vms.wake(&label('b')).await }
+    });
+    let (ticket, _) = asked(&desk, control).await;
+    let stopped = ErrorBody::caller(ErrorCode::VmStopped, "off");
+    reply(&desk, ticket, &stopped);
+    assert_eq!(again.await.unwrap().unwrap_err(), stopped);
 }
 
 #[tokio::test]
