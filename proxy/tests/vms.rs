@@ -99,7 +99,13 @@ async fn a_control_that_asks_without_reading_the_answers_is_heard_all_the_same()
     // Far more than both sockets hold.
     for ticket in 0..20_000 {
         let vm = "vm-00000001".parse().unwrap();
-        control.send(&Count { ticket, vm }, &[]).await;
+        let count = Count { ticket, vm };
+        tokio::time::timeout(
+            std::time::Duration::from_secs(20),
+            control.send(&count, &[]),
+        )
+        .await
+        .expect("proxy does not read");
     }
     let detach = DetachVm {
         vm: "vm-00000001".parse().unwrap(),

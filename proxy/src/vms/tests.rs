@@ -7,6 +7,9 @@ use protocol::message::encode_body;
 use super::*;
 use crate::api::desk::Outgoing;
 
+/// A limit that only a hang reaches.
+const HANG: std::time::Duration = std::time::Duration::from_secs(20);
+
 fn id(number: u32) -> VmId {
     format!("vm-{number:08}").parse().unwrap()
 }
@@ -43,7 +46,8 @@ fn detach(number: u32, generation: u64) -> DetachVm {
 
 /// The label that control is asked for next, with the ticket.
 async fn asked(desk: &Desk, control: u64) -> (u64, protocol::host::proxy::Wake) {
-    match desk.next(control).await.unwrap() {
+    let next = tokio::time::timeout(HANG, desk.next(control)).await;
+    match next.expect("control is not asked").unwrap() {
         Outgoing::Edge(request) => (
             request.ticket,
             protocol::message::decode_body(&request.body).unwrap(),
@@ -180,7 +184,8 @@ async fn visitors_of_one_address_share_one_question() {
     };
     reply(&desk, ticket, &awake);
     for other in others {
-        assert_eq!(other.await.unwrap().unwrap(), (id(1), 7));
+        let woken = tokio::time::timeout(HANG, other).await.expect("a hang");
+        assert_eq!(woken.unwrap().unwrap(), (id(1), 7));
     }
     // It is here now: control is not asked.
     assert_eq!(vms.wake(&label('a')).await.unwrap(), (id(1), 7));
@@ -224,7 +229,9 @@ async fn a_label_that_nobody_has_reaches_control_once() {
     reply(&desk, ticket, &unknown);
     assert_eq!(first.await.unwrap().unwrap_err(), unknown);
     // Answered without control, which says nothing more.
-    let error = vms.wake(&label('b')).await.unwrap_err();
+    let label_b = label('b');
+    let woken = tokio::time::timeout(HANG, vms.wake(&label_b)).await;
+    let error = woken.expect("control was asked").unwrap_err();
     assert_eq!(error.code, ErrorCode::VmNotFound);
     // A VM that is made with it is there at once.
     let (wanted, ours, _theirs) = attach(2, 'b', 1);
