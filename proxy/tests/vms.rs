@@ -86,3 +86,35 @@ async fn a_vm_stays_attached_over_the_end_of_control_until_it_is_detached() {
     monitors.set_nonblocking(false).unwrap();
     assert_eq!(monitors.read(&mut [0; 1]).unwrap(), 0);
 }
+
+#[tokio::test]
+async fn a_control_that_asks_without_reading_the_answers_is_heard_all_the_same() {
+    let proxy = Proxy::start();
+    let control = proxy.control();
+    let (ours, mut monitors) = UnixStream::pair().unwrap();
+    control
+        .send(&attach("vm-00000001", 1), &[ours.as_fd()])
+        .await;
+    drop(ours);
+    // Far more than both sockets hold.
+    for ticket in 0..20_000 {
+        let vm = "vm-00000001".parse().unwrap();
+        let count = Count { ticket, vm };
+        tokio::time::timeout(
+            std::time::Duration::from_secs(20),
+            control.send(&count, &[]),
+        )
+        .await
+        .expect("proxy does not read");
+    }
+    let detach = DetachVm {
+        vm: "vm-00000001".parse().unwrap(),
+        generation: 1,
+    };
+    control.send(&detach, &[]).await;
+    tokio::task::spawn_blocking(move || assert_eq!(monitors.read(&mut [0; 1]).unwrap(), 0))
+        .await
+        .unwrap();
+    let first: Counted = protocol::decode(&control.packet().await.frame).unwrap();
+    assert_eq!(first.ticket, 0);
+}

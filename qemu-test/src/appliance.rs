@@ -146,7 +146,8 @@ impl Appliance {
         }
         home.overlay(&layout.image.join("data.qcow2"), boot.keep_data)
             .await?;
-        let (instance, trust, endpoint, boot_time) = power_on(&home, layout, boot, edge_port, &token).await?;
+        let (instance, trust, endpoint, boot_time) =
+            power_on(&home, layout, boot, edge_port, &token).await?;
         Ok(Self {
             home,
             layout: layout.clone(),

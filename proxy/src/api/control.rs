@@ -6,15 +6,28 @@ use std::sync::Arc;
 use protocol::Message;
 use protocol::host::channel::{ChannelError, Packet};
 use protocol::host::proxy::{
-    ApiReply, AttachVm, Count, Counted, DetachVm, ListAttached, Serve, Serving, UpdateVm,
+    ApiReply, AttachVm, Attached, Count, Counted, DetachVm, ListAttached, Serve, Serving, UpdateVm,
 };
+use tokio::sync::mpsc;
 
 use super::Shared;
 use super::desk::Outgoing;
 use super::listen::{Listening, log_accept};
+use super::quiet::Quiet;
 use super::tls::server_config;
 use crate::channel::{Channel, ChannelListener};
 use crate::online::connect_to_world;
+
+/// Answers that may wait for control to read them: more than it asks for at once.
+const MAX_SAID: usize = 2048;
+
+/// An answer to control. Reading from it never waits for it to read: two that wait for each other
+/// would wait for ever.
+enum Said {
+    Serving(Serving),
+    Attached(Attached),
+    Counted(Counted),
+}
 
 /// Accepts controls for ever; the newest replaces the one before.
 pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
@@ -38,8 +51,10 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
         let shared = Arc::clone(&shared);
         let listening = Arc::clone(&listening);
         current = Some(tokio::spawn(async move {
+            let (say, said) = mpsc::channel(MAX_SAID);
             let result = tokio::select! {
-                result = receive(&channel, &shared, &listening) => result,
+                result = receive(&channel, &shared, &listening, &say) => result,
+                result = speak(&channel, said) => result,
                 result = send(&channel, &shared, incarnation) => result,
                 result = report(&channel, &shared) => result,
             };
@@ -56,15 +71,15 @@ async fn receive(
     channel: &Channel,
     shared: &Arc<Shared>,
     listening: &tokio::sync::Mutex<Listening>,
+    say: &mpsc::Sender<Said>,
 ) -> Result<(), ChannelError> {
     while let Some(Packet { frame, descriptors }) = channel.receive().await? {
         match frame.kind {
             Serve::KIND => {
                 let serve: Serve = protocol::decode(&frame)?;
                 let mut listening = listening.lock().await;
-                channel
-                    .send(&apply(serve, &mut listening, shared).await, &[])
-                    .await?;
+                let serving = apply(serve, &mut listening, shared).await;
+                answer(say, Said::Serving(serving));
             }
             ApiReply::KIND => {
                 let reply: ApiReply = protocol::decode(&frame)?;
@@ -84,12 +99,12 @@ async fn receive(
             DetachVm::KIND => shared.vms.detach(&protocol::decode(&frame)?),
             ListAttached::KIND => {
                 let ListAttached { after } = protocol::decode(&frame)?;
-                channel.send(&shared.vms.list(after.as_ref()), &[]).await?;
+                answer(say, Said::Attached(shared.vms.list(after.as_ref())));
             }
             Count::KIND => {
                 let Count { ticket, vm } = protocol::decode(&frame)?;
                 let counters = shared.vms.get(&vm).map(|vm| vm.counters());
-                channel.send(&Counted { ticket, counters }, &[]).await?;
+                answer(say, Said::Counted(Counted { ticket, counters }));
             }
             // A newer control may say more than this proxy knows.
             kind => tracing::warn!(%kind, "message from control ignored"),
@@ -125,6 +140,27 @@ async fn apply(serve: Serve, listening: &mut Listening, shared: &Arc<Shared>) ->
     serving.message = complaints.join("; ");
     shared.common.set(serve.gateway);
     serving
+}
+
+/// Puts an answer on its way. A control that reads none of so many gets no more: it has deadlines.
+fn answer(say: &mpsc::Sender<Said>, said: Said) {
+    if say.try_send(said).is_err() {
+        static QUIET: Quiet = Quiet::new();
+        if let Some(left_out) = QUIET.allow() {
+            tracing::error!(left_out, "control does not read its answers");
+        }
+    }
+}
+
+async fn speak(channel: &Channel, mut said: mpsc::Receiver<Said>) -> Result<(), ChannelError> {
+    while let Some(said) = said.recv().await {
+        match said {
+            Said::Serving(serving) => channel.send(&serving, &[]).await?,
+            Said::Attached(attached) => channel.send(&attached, &[]).await?,
+            Said::Counted(counted) => channel.send(&counted, &[]).await?,
+        }
+    }
+    Ok(())
 }
 
 /// Tells which frame channels were lost.

@@ -7,6 +7,9 @@ use protocol::message::encode_body;
 use super::*;
 use crate::api::desk::Outgoing;
 
+/// A limit that only a hang reaches.
+const HANG: std::time::Duration = std::time::Duration::from_secs(20);
+
 fn id(number: u32) -> VmId {
     format!("vm-{number:08}").parse().unwrap()
 }
@@ -43,7 +46,8 @@ fn detach(number: u32, generation: u64) -> DetachVm {
 
 /// The label that control is asked for next, with the ticket.
 async fn asked(desk: &Desk, control: u64) -> (u64, protocol::host::proxy::Wake) {
-    match desk.next(control).await.unwrap() {
+    let next = tokio::time::timeout(HANG, desk.next(control)).await;
+    match next.expect("control is not asked").unwrap() {
         Outgoing::Edge(request) => (
             request.ticket,
             protocol::message::decode_body(&request.body).unwrap(),
@@ -174,7 +178,8 @@ async fn visitors_of_one_address_share_one_question() {
     };
     reply(&desk, ticket, &awake);
     for other in others {
-        assert_eq!(other.await.unwrap().unwrap(), (id(1), 7));
+        let woken = tokio::time::timeout(HANG, other).await.expect("a hang");
+        assert_eq!(woken.unwrap().unwrap(), (id(1), 7));
     }
     // It is here now: control is not asked.
     assert_eq!(vms.wake(&label('a')).await.unwrap(), (id(1), 7));
@@ -218,12 +223,24 @@ async fn a_label_that_nobody_has_reaches_control_once() {
     reply(&desk, ticket, &unknown);
     assert_eq!(first.await.unwrap().unwrap_err(), unknown);
     // Answered without control, which says nothing more.
-    let error = vms.wake(&label('b')).await.unwrap_err();
+    let label_b = label('b');
+    let woken = tokio::time::timeout(HANG, vms.wake(&label_b)).await;
+    let error = woken.expect("control was asked").unwrap_err();
     assert_eq!(error.code, ErrorCode::VmNotFound);
     // A VM that is made with it is there at once.
     let (wanted, ours, _theirs) = attach(2, 'b', 1);
     vms.attach(wanted, ours);
     assert_eq!(vms.wake(&label('b')).await.unwrap(), (id(2), 1));
+    // And no longer unknown when it stops.
+    vms.detach(&detach(2, 1));
+    let again = tokio::spawn({
+        let vms = Arc::clone(&vms);
+        async move { vms.wake(&label('b')).await }
+    });
+    let (ticket, _) = asked(&desk, control).await;
+    let stopped = ErrorBody::caller(ErrorCode::VmStopped, "off");
+    reply(&desk, ticket, &stopped);
+    assert_eq!(again.await.unwrap().unwrap_err(), stopped);
 }
 
 #[tokio::test]

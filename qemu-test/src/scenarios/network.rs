@@ -193,13 +193,19 @@ pub(crate) async fn git_pip_npm_and_apt_reach_what_the_rules_open(
         context.shell(&made, &fixtures).await?;
         let mut archive = Vec::new();
         let vm = context.client.vm(vm::reference(&made));
-        vm.pack("/srv/origin").await?.read_to_end(&mut archive).await?;
+        vm.pack("/srv/origin")
+            .await?
+            .read_to_end(&mut archive)
+            .await?;
         let files = unpacked(&archive)?;
         ensure(files.contains_key("repo.git/info/refs"), || {
             format!("{:?}", files.keys())
         })?;
         origin.serve(files);
-        context.shell(&made, "rm -rf /srv/origin /srv/work").await.map(drop)
+        context
+            .shell(&made, "rm -rf /srv/origin /srv/work")
+            .await
+            .map(drop)
     })
     .await?;
     let says = async |line: &str, wanted: &str| {

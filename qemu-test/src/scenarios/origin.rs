@@ -106,7 +106,11 @@ async fn answer(stream: TcpStream, files: &Files) -> io::Result<()> {
     }
     let mut words = request.split_whitespace();
     let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or("/"));
-    let path = target.split('?').next().unwrap_or("").trim_start_matches('/');
+    let path = target
+        .split('?')
+        .next()
+        .unwrap_or("")
+        .trim_start_matches('/');
     let page;
     let path = if path.is_empty() || path.ends_with('/') {
         page = format!("{path}index.html");

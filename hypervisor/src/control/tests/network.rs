@@ -23,7 +23,9 @@ fn is_connected(world: &World, vm: &VmInfo) -> bool {
         end
     };
     let mut proxy = copy(&world.has.state().vms.get(&vm.id).expect("not attached").1);
-    let mut monitor = copy(&world.supervisor.state().frames[&vm.id]);
+    let Some(mut monitor) = world.supervisor.state().frames.get(&vm.id).map(copy) else {
+        return false;
+    };
     let mut got = [0; 5];
     let passed = proxy
         .write_all(b"frame")
