@@ -362,7 +362,7 @@ impl LineGuard {
             machine.renewed = Some(due);
             due.saturating_duration_since(now)
         };
-        tracing::warn!(vm = %lost.vm, generation = lost.generation, "frame channel lost; making a new one");
+        tracing::info!(vm = %lost.vm, generation = lost.generation, "frame channel lost; making a new one");
         let (frames, number) = (self.frames.clone(), self.number);
         tokio::spawn(async move {
             sleep(pause).await;
