@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use protocol::id::{Owner, TemplateName};
 use serde::{Deserialize, Deserializer};
 
-pub use certificates::CertificateFiles;
+pub use certificates::{Acme, CertificateFiles};
 pub use values::{Domain, Ipv4Network, Port};
 pub use world::{Edge, Gateway};
 
@@ -63,6 +63,8 @@ pub struct Settings {
     pub gateway: Gateway,
     /// What to show in place of certificates of the built-in authority.
     pub certificates: Option<CertificateFiles>,
+    /// An authority to order certificates from.
+    pub acme: Option<Acme>,
     /// Who may use the API.
     pub tokens: Vec<Token>,
     /// How VMs come up.
@@ -340,6 +342,9 @@ impl Settings {
             return contradiction(
                 "[limits] must allow at least max_cpus = 1, max_memory_mib = 128 and max_disk_mib = 1",
             );
+        }
+        if settings.certificates.is_some() && settings.acme.is_some() {
+            return contradiction("give [certificates] or [acme], not both");
         }
         if settings.debug.shell.is_empty() != settings.debug.tty.is_empty() {
             return contradiction("[debug] needs both `shell` and `tty`, or neither");
