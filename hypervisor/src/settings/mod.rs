@@ -423,6 +423,15 @@ mod tests {
     }
 
     #[test]
+    fn certificates_come_from_files_or_from_an_authority_and_not_from_both() {
+        let acme = "acme = { server = \"192.0.2.53:53\", zone = \"a\", key_name = \"k\", key_file = \"/t\" }";
+        let settings = parse(acme).unwrap();
+        assert_eq!(settings.acme.unwrap().propagation_s, 30);
+        let both = format!("{acme}\ncertificates = {{ chain = \"/c\", key = \"/k\" }}");
+        assert!(parse(&both).unwrap_err().contains("not both"));
+    }
+
+    #[test]
     fn an_error_names_the_file_the_line_and_the_key() {
         for (text, expected) in [
             ("\nboot = { deadlines = 3 }", "deadlines"),

@@ -13,8 +13,7 @@ use crate::control::store::Store;
 const NAMES: [&str; 2] = ["vms.example.org", "*.vms.example.org"];
 
 fn domain() -> Domain {
-    let settings =
-        crate::settings::Settings::parse("domain = \"vms.example.org\"", Path::new("/t")).unwrap();
+    let settings = Settings::parse("domain = \"vms.example.org\"", Path::new("/t")).unwrap();
     settings.domain
 }
 
