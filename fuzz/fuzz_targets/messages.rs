@@ -93,6 +93,8 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::host::proxy::ListAttached,
         protocol::host::proxy::Attached,
         protocol::host::proxy::FramesLost,
+        protocol::host::proxy::OrderCertificate,
+        protocol::host::proxy::CertificateOrdered,
         protocol::host::supervisor::SpawnVmm,
         protocol::host::supervisor::VmmSpawned,
         protocol::host::supervisor::VmmNotSpawned,

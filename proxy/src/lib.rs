@@ -20,6 +20,7 @@
     )
 )]
 
+pub mod acme;
 mod api;
 pub mod channel;
 mod dial;

@@ -124,6 +124,7 @@ impl Api {
         let mut name_servers = named.now();
         let mut addresses = host_addresses();
         let mut shown = self.certificates.changes();
+        self.certificates.begin();
         self.serve(&channel, &addresses, &name_servers).await?;
         let frames = self.requests.host.frames.begin(&channel).await?;
         let syncing = frames.sync(&channel);
@@ -135,6 +136,12 @@ impl Api {
                 () = sleep_until(renewal) => {
                     self.serve(&channel, &addresses, &name_servers).await?;
                     renewal = Instant::now() + LEAF_RENEWAL;
+                    continue;
+                }
+                () = self.certificates.due() => {
+                    if let Some(order) = self.certificates.order(&name_servers) {
+                        channel.send(&order, &[]).await?;
+                    }
                     continue;
                 }
                 Ok(()) = shown.changed() => {
@@ -228,6 +235,7 @@ impl Api {
                 self.begin(Asked::Api(decode(frame)?), channel, tasks);
             }
             Kind::EDGE_REQUEST => self.begin(Asked::Edge(decode(frame)?), channel, tasks),
+            Kind::CERTIFICATE_ORDERED => self.certificates.ordered(&decode(frame)?),
             Kind::ATTACHED => frames.listed(decode(frame)?).await?,
             Kind::COUNTED => frames.counted(decode(frame)?),
             Kind::FRAMES_LOST => frames.lost(decode(frame)?),

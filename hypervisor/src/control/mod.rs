@@ -136,11 +136,7 @@ async fn serve(
     let store = Store::open(&arguments.state).map_err(PartError::from)?;
     let authority = Authority::open(&store).map_err(PartError::from)?;
     tracing::info!("certificate authority {}", authority.fingerprint());
-    let certificates = Arc::new(Certificates::open(
-        authority,
-        settings.domain.clone(),
-        settings.certificates.clone(),
-    ));
+    let certificates = Arc::new(Certificates::open(authority, &settings, &store.keys()));
     let total = match settings.limits.total_memory_mib {
         0 => capacity::host_memory_mib(),
         total => total,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use protocol::id::{Owner, TemplateName};
 use serde::{Deserialize, Deserializer};
 
-pub use certificates::CertificateFiles;
+pub use certificates::{Acme, CertificateFiles};
 pub use values::{Domain, Ipv4Network, Port};
 pub use world::{Edge, Gateway};
 
@@ -63,6 +63,8 @@ pub struct Settings {
     pub gateway: Gateway,
     /// What to show in place of certificates of the built-in authority.
     pub certificates: Option<CertificateFiles>,
+    /// An authority to order certificates from.
+    pub acme: Option<Acme>,
     /// Who may use the API.
     pub tokens: Vec<Token>,
     /// How VMs come up.
@@ -341,6 +343,9 @@ impl Settings {
                 "[limits] must allow at least max_cpus = 1, max_memory_mib = 128 and max_disk_mib = 1",
             );
         }
+        if settings.certificates.is_some() && settings.acme.is_some() {
+            return contradiction("give [certificates] or [acme], not both");
+        }
         if settings.debug.shell.is_empty() != settings.debug.tty.is_empty() {
             return contradiction("[debug] needs both `shell` and `tty`, or neither");
         }
@@ -415,6 +420,15 @@ mod tests {
             Settings::default().url(&subdomain),
             "https://aaaaaaaaaaaaaaaaaaaa.supvm.localhost"
         );
+    }
+
+    #[test]
+    fn certificates_come_from_files_or_from_an_authority_and_not_from_both() {
+        let acme = "acme = { server = \"192.0.2.53:53\", zone = \"a\", key_name = \"k\", key_file = \"/t\" }";
+        let settings = parse(acme).unwrap();
+        assert_eq!(settings.acme.unwrap().propagation_s, 30);
+        let both = format!("{acme}\ncertificates = {{ chain = \"/c\", key = \"/k\" }}");
+        assert!(parse(&both).unwrap_err().contains("not both"));
     }
 
     #[test]

@@ -299,6 +299,38 @@ mod tests {
     }
 
     #[test]
+    fn golden_certificates() {
+        let order = OrderCertificate {
+            ticket: 5,
+            directory: "https://a/d".into(),
+            contact: String::new(),
+            account_key: vec![1],
+            names: vec!["a.b".into(), "*.a.b".into()],
+            request: vec![2],
+            update_server: "192.0.2.1:53".into(),
+            zone: "b".into(),
+            key_name: "k".into(),
+            key_secret: vec![3],
+            propagation_s: 300,
+            name_servers: vec!["192.0.2.2:53".into()],
+            roots: vec![vec![4]],
+        };
+        golden(
+            &order,
+            "C\\x00\\x00\\x00\\x11\\x83\\x00\\x05\\x0bhttps://a/d\\x00\\x01\\x01\\x02\\x03a.b\\x05*.a.b\\x01\\x02\\x0c192.0.2.1:53\\x01b\\x01k\\x01\\x03\\xac\\x02\\x01\\x0c192.0.2.2:53\\x01\\x01\\x04",
+        );
+        let ordered = CertificateOrdered {
+            ticket: 5,
+            chain: "PEM".into(),
+            message: String::new(),
+        };
+        golden(
+            &ordered,
+            "\\x06\\x00\\x00\\x00\\x12\\x83\\x00\\x05\\x03PEM\\x00",
+        );
+    }
+
+    #[test]
     fn golden_edge() {
         let vm = run().vm;
         let request = EdgeRequest {

@@ -48,6 +48,10 @@ impl Kind {
     pub const ATTACHED: Self = Self(0x830f);
     /// [`FramesLost`], proxy to control, unanswered.
     pub const FRAMES_LOST: Self = Self(0x8310);
+    /// [`OrderCertificate`], control to proxy, answered by [`Kind::CERTIFICATE_ORDERED`].
+    pub const ORDER_CERTIFICATE: Self = Self(0x8311);
+    /// [`CertificateOrdered`].
+    pub const CERTIFICATE_ORDERED: Self = Self(0x8312);
 }
 
 /// The names of the descriptors that proxy is started with.
@@ -263,6 +267,52 @@ pub struct FramesLost {
     pub generation: u64,
 }
 
+/// Asks for a certificate at an authority that speaks ACME, proved by DNS-01: TXT records are set
+/// by dynamic updates (RFC 2136) signed with TSIG, HMAC-SHA256, and removed at the end. Control
+/// keeps all keys but the account's and the update's on disk; proxy forgets these with the order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderCertificate {
+    /// Chosen by control, given back in the answer.
+    pub ticket: u64,
+    /// The authority's directory, an `https` address.
+    pub directory: String,
+    /// Whom the authority writes to, such as `mailto:admin@example.org`; empty for nobody.
+    pub contact: String,
+    /// The account's private key, ECDSA P-256, PKCS #8 in DER. The account is made when there is
+    /// none for it; the authority's terms of service are agreed to.
+    pub account_key: Vec<u8>,
+    /// The names, such as `example.org` and `*.example.org`.
+    pub names: Vec<String>,
+    /// The certificate request for these names (PKCS #10) in DER.
+    pub request: Vec<u8>,
+    /// Address and port of the name server that takes updates.
+    pub update_server: String,
+    /// The zone that is updated.
+    pub zone: String,
+    /// The name of the TSIG key.
+    pub key_name: String,
+    /// The TSIG key.
+    pub key_secret: Vec<u8>,
+    /// Seconds between the update and the authority's look at it.
+    pub propagation_s: u16,
+    /// Whom to ask for the authority's address.
+    pub name_servers: Vec<String>,
+    /// Certificates in DER that the authority's own has to come from; none for those of the web.
+    pub roots: Vec<Vec<u8>>,
+}
+
+/// Answer to [`OrderCertificate`], minutes later. An order ends with the line to control: the next
+/// control orders again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateOrdered {
+    /// The [`OrderCertificate`]'s.
+    pub ticket: u64,
+    /// The chain in PEM, leaf first; empty when there is none.
+    pub chain: String,
+    /// Why there is none; empty when there is one.
+    pub message: String,
+}
+
 messages! {
     SERVE => Serve,
     SERVING => Serving,
@@ -281,4 +331,6 @@ messages! {
     LIST_ATTACHED => ListAttached,
     ATTACHED => Attached,
     FRAMES_LOST => FramesLost,
+    ORDER_CERTIFICATE => OrderCertificate,
+    CERTIFICATE_ORDERED => CertificateOrdered,
 }

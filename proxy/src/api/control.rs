@@ -6,7 +6,8 @@ use std::sync::Arc;
 use protocol::Message;
 use protocol::host::channel::{ChannelError, Packet};
 use protocol::host::proxy::{
-    ApiReply, AttachVm, Attached, Count, Counted, DetachVm, ListAttached, Serve, Serving, UpdateVm,
+    ApiReply, AttachVm, Attached, CertificateOrdered, Count, Counted, DetachVm, ListAttached,
+    OrderCertificate, Serve, Serving, UpdateVm,
 };
 use tokio::sync::mpsc;
 
@@ -15,6 +16,7 @@ use super::desk::Outgoing;
 use super::listen::{Listening, log_accept};
 use super::quiet::Quiet;
 use super::tls::server_config;
+use crate::acme;
 use crate::channel::{Channel, ChannelListener};
 use crate::online::connect_to_world;
 
@@ -50,6 +52,7 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
         tracing::info!(incarnation, "control connected");
         let shared = Arc::clone(&shared);
         let listening = Arc::clone(&listening);
+        let channel = Arc::new(channel);
         current = Some(tokio::spawn(async move {
             let (say, said) = mpsc::channel(MAX_SAID);
             let result = tokio::select! {
@@ -68,11 +71,13 @@ pub(crate) async fn accept(listener: ChannelListener, shared: Arc<Shared>) {
 }
 
 async fn receive(
-    channel: &Channel,
+    channel: &Arc<Channel>,
     shared: &Arc<Shared>,
     listening: &tokio::sync::Mutex<Listening>,
     say: &mpsc::Sender<Said>,
 ) -> Result<(), ChannelError> {
+    // Orders end with the line: nobody else would take their answers.
+    let mut orders = tokio::task::JoinSet::new();
     while let Some(Packet { frame, descriptors }) = channel.receive().await? {
         match frame.kind {
             Serve::KIND => {
@@ -105,6 +110,14 @@ async fn receive(
                 let Count { ticket, vm } = protocol::decode(&frame)?;
                 let counters = shared.vms.get(&vm).map(|vm| vm.counters());
                 answer(say, Said::Counted(Counted { ticket, counters }));
+            }
+            OrderCertificate::KIND => {
+                let order: OrderCertificate = protocol::decode(&frame)?;
+                // One at a time: a new one takes the place of an old one.
+                orders.abort_all();
+                while orders.try_join_next().is_some() {}
+                let channel = Arc::clone(channel);
+                orders.spawn(async move { channel.send(&ordered(order).await, &[]).await });
             }
             // A newer control may say more than this proxy knows.
             kind => tracing::warn!(%kind, "message from control ignored"),
@@ -161,6 +174,23 @@ async fn speak(channel: &Channel, mut said: mpsc::Receiver<Said>) -> Result<(), 
         }
     }
     Ok(())
+}
+
+/// Carries out an order; a panic in it is its failure.
+async fn ordered(order: OrderCertificate) -> CertificateOrdered {
+    let ticket = order.ticket;
+    let mut task = tokio::task::JoinSet::new();
+    task.spawn(async move { acme::order(&order).await });
+    let (chain, message) = match task.join_next().await {
+        Some(Ok(Ok(chain))) => (chain, String::new()),
+        Some(Ok(Err(error))) => (String::new(), error.to_string()),
+        _ => (String::new(), "the order failed; see proxy's log".into()),
+    };
+    CertificateOrdered {
+        ticket,
+        chain,
+        message: message.chars().take(4096).collect(),
+    }
 }
 
 /// Tells which frame channels were lost.

@@ -85,6 +85,8 @@ pub(crate) struct Pair {
     pub(crate) chain: Vec<Vec<u8>>,
     /// PKCS #8 in DER.
     pub(crate) key: Vec<u8>,
+    /// When clients begin to take it.
+    pub(crate) begins: SystemTime,
     /// When clients begin to refuse it.
     pub(crate) expires: SystemTime,
 }
@@ -105,12 +107,24 @@ impl Pair {
         domain: &Domain,
         now: SystemTime,
     ) -> Result<Self, PairError> {
+        let (chain, key) = (bytes(&files.chain)?, bytes(&files.key)?);
+        Self::check(files, &chain, &key, domain, now)
+    }
+
+    /// Checks what is in the files, or is going to be.
+    pub(crate) fn check(
+        files: &CertificateFiles,
+        chain: &[u8],
+        key: &[u8],
+        domain: &Domain,
+        now: SystemTime,
+    ) -> Result<Self, PairError> {
         let chain_form = |cause: String| PairError::Form {
             path: files.chain.clone(),
             what: "certificates",
             cause,
         };
-        let chain = CertificateDer::pem_slice_iter(&bytes(&files.chain)?)
+        let chain = CertificateDer::pem_slice_iter(chain)
             .take(MOST)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| chain_form(error.to_string()))?;
@@ -122,8 +136,8 @@ impl Pair {
             what: "private key",
             cause,
         };
-        let key = PrivateKeyDer::from_pem_slice(&bytes(&files.key)?)
-            .map_err(|error| key_form(error.to_string()))?;
+        let key =
+            PrivateKeyDer::from_pem_slice(key).map_err(|error| key_form(error.to_string()))?;
         let signing = rustls::crypto::ring::sign::any_supported_type(&key)
             .map_err(|error| key_form(error.to_string()))?;
         let key = pkcs8(&key).ok_or_else(|| {
@@ -156,16 +170,21 @@ impl Pair {
                 });
             }
         }
-        let expires = in_time(leaf, now, &files.chain)?;
+        let (begins, expires) = in_time(leaf, now, &files.chain)?;
         Ok(Self {
             chain: chain.iter().map(|der| der.to_vec()).collect(),
             key,
+            begins,
             expires,
         })
     }
 }
 
-fn in_time(leaf: &[u8], now: SystemTime, path: &Path) -> Result<SystemTime, PairError> {
+fn in_time(
+    leaf: &[u8],
+    now: SystemTime,
+    path: &Path,
+) -> Result<(SystemTime, SystemTime), PairError> {
     let time = |what: String| PairError::Time {
         path: path.to_owned(),
         what,
@@ -187,7 +206,7 @@ fn in_time(leaf: &[u8], now: SystemTime, path: &Path) -> Result<SystemTime, Pair
     if at(from.timestamp()) > now {
         return Err(time(format!("is not valid yet, but from {from} on")));
     }
-    Ok(at(until.timestamp()))
+    Ok((at(from.timestamp()), at(until.timestamp())))
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>, PairError> {

@@ -13,8 +13,7 @@ use crate::control::store::Store;
 const NAMES: [&str; 2] = ["vms.example.org", "*.vms.example.org"];
 
 fn domain() -> Domain {
-    let settings =
-        crate::settings::Settings::parse("domain = \"vms.example.org\"", Path::new("/t")).unwrap();
+    let settings = Settings::parse("domain = \"vms.example.org\"", Path::new("/t")).unwrap();
     settings.domain
 }
 
@@ -159,9 +158,18 @@ fn a_pair_that_clients_would_refuse_is_refused_with_its_reason() {
 }
 
 fn open(place: &Place) -> Certificates {
+    let settings = Settings {
+        domain: domain(),
+        certificates: Some(place.files.clone()),
+        ..Settings::default()
+    };
+    opened(place, &settings)
+}
+
+fn opened(place: &Place, settings: &Settings) -> Certificates {
     let store = Store::open(&place.directory.path().join("state")).unwrap();
     let authority = Authority::open(&store).unwrap();
-    Certificates::open(authority, domain(), Some(place.files.clone()))
+    Certificates::open(authority, settings, &store.keys())
 }
 
 async fn changed(changes: &mut watch::Receiver<u64>) {
@@ -245,4 +253,124 @@ async fn files_whose_directory_comes_later_are_found() {
         () = certificates.follow() => unreachable!(),
         () = work => {}
     }
+}
+
+fn acme_settings(place: &Place) -> Settings {
+    let text = format!(
+        "domain = \"vms.example.org\"\n[acme]\nserver = \"192.0.2.53:53\"\nzone = \"example.org\"\n\
+         key_name = \"supvm\"\nkey_file = \"{}\"\n",
+        place.directory.path().join("tsig").display()
+    );
+    Settings::parse(&text, Path::new("/t")).unwrap()
+}
+
+/// What an authority makes of an order, valid from and until so many days from now.
+fn issued(order: &OrderCertificate, from: i64, until: i64) -> CertificateOrdered {
+    let key = KeyPair::generate().unwrap();
+    let issuer = CertifiedIssuer::self_signed(CertificateParams::default(), key).unwrap();
+    let request =
+        rcgen::CertificateSigningRequestParams::from_der(&order.request.as_slice().into());
+    let mut request = request.unwrap();
+    let day = |days: i64| {
+        SystemTime::now() + Duration::from_secs(40 * 86_400)
+            - Duration::from_secs(((40 - days) * 86_400).unsigned_abs())
+    };
+    request.params.not_before = day(from).into();
+    request.params.not_after = day(until).into();
+    let leaf = request.signed_by(&issuer).unwrap();
+    CertificateOrdered {
+        ticket: order.ticket,
+        chain: format!("{}{}", leaf.pem(), issuer.pem()),
+        message: String::new(),
+    }
+}
+
+fn is_due(certificates: &Certificates) -> bool {
+    use futures::FutureExt;
+    certificates.due().now_or_never().is_some()
+}
+
+#[tokio::test]
+async fn a_certificate_is_ordered_once_kept_and_renewed_at_two_thirds_of_its_life() {
+    let place = place();
+    fs::write(place.directory.path().join("tsig"), "c2VjcmV0\n").unwrap();
+    let settings = acme_settings(&place);
+    let certificates = opened(&place, &settings);
+    assert!(is_due(&certificates));
+    let servers = ["192.0.2.1:53".parse().unwrap()];
+    let order = certificates.order(&servers).unwrap();
+    assert_eq!(order.key_secret, b"secret");
+    assert_eq!(order.names, NAMES);
+    assert!(!is_due(&certificates), "it is under way");
+    // An answer that nobody waits for.
+    let mut stray = issued(&order, -1, 30);
+    stray.ticket += 1;
+    certificates.ordered(&stray);
+    let mut changes = certificates.changes();
+    certificates.ordered(&issued(&order, -1, 30));
+    changed(&mut changes).await;
+    assert!(!is_due(&certificates));
+    let shown = certificates.leaf(&[]).unwrap();
+    assert_eq!(shown.chain.len(), 2);
+    // The next control has it too, and the same account.
+    drop(certificates);
+    let certificates = opened(&place, &settings);
+    assert!(!is_due(&certificates));
+    assert_eq!(certificates.leaf(&[]).unwrap().chain, shown.chain);
+    let again = certificates.order(&servers).unwrap();
+    assert_eq!(again.account_key, order.account_key);
+    assert_ne!(
+        again.request, order.request,
+        "a new key for each certificate"
+    );
+    for file in ["acme.pem", "acme-account.key"] {
+        use std::os::unix::fs::PermissionsExt;
+        let path = place.directory.path().join("state/keys").join(file);
+        let mode = fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    // Two thirds of 30 days: not at 19, but at 21.
+    certificates.ordered(&issued(&again, -19, 11));
+    assert!(!is_due(&certificates));
+    let again = certificates.order(&servers).unwrap();
+    certificates.ordered(&issued(&again, -21, 9));
+    assert!(is_due(&certificates));
+}
+
+#[tokio::test]
+async fn a_failed_order_changes_nothing_and_is_not_repeated_at_once() {
+    let place = place();
+    let settings = acme_settings(&place);
+    let certificates = opened(&place, &settings);
+    assert!(
+        certificates.order(&[]).is_none(),
+        "without the key of the zone"
+    );
+    assert!(!is_due(&certificates));
+    fs::write(place.directory.path().join("tsig"), "c2VjcmV0").unwrap();
+    let changes = certificates.changes();
+    for bad in [
+        |_: &mut CertificateOrdered| {},
+        |answer: &mut CertificateOrdered| answer.chain = String::new(),
+        |answer: &mut CertificateOrdered| answer.chain = "no certificate".into(),
+    ] {
+        let order = certificates.order(&[]).unwrap();
+        let other = OrderCertificate {
+            request: certificates.order(&[]).unwrap().request,
+            ..order.clone()
+        };
+        // For another key than that of the order that is waited for.
+        let mut answer = issued(&order, -1, 30);
+        answer.ticket = order.ticket + 1;
+        assert_ne!(other.request, order.request);
+        bad(&mut answer);
+        certificates.ordered(&answer);
+        assert!(!is_due(&certificates));
+    }
+    assert!(!changes.has_changed().unwrap());
+    assert!(!place.directory.path().join("state/keys/acme.pem").exists());
+    // A new line to proxy: what was under way is lost, the pause is not.
+    certificates.order(&[]).unwrap();
+    certificates.begin();
+    assert!(!is_due(&certificates));
 }

@@ -12,11 +12,12 @@ mod message;
 mod own;
 mod upstream;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hickory_proto::op::ResponseCode;
-use hickory_proto::rr::RecordType;
+use hickory_proto::rr::{Name, RecordType};
 use protocol::network::DomainName;
 use tokio::sync::Semaphore;
 
@@ -157,6 +158,24 @@ impl Resolver {
         }
         reply
     }
+}
+
+/// The addresses of a name, IPv4 first, for proxy's own use; none when nobody knows it.
+pub(crate) async fn lookup(upstreams: &Arc<Upstreams>, host: &str) -> Vec<IpAddr> {
+    let Ok(mut name) = Name::from_ascii(host) else {
+        return Vec::new();
+    };
+    name.set_fqdn(true);
+    let mut found = Vec::new();
+    for record_type in [RecordType::A, RecordType::AAAA] {
+        let ask = Ask::new(&name, record_type, false, false);
+        if let Ok((answer, age)) = upstreams.resolve(ask).await {
+            let reply = answer.reply(&name, age);
+            let addresses = answer::addresses(&name, &reply.answers);
+            found.extend(addresses.into_iter().map(|(address, _)| address));
+        }
+    }
+    found
 }
 
 fn count(counter: &AtomicU64) {
