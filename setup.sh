@@ -17,7 +17,7 @@ packages=(
     # images
     mmdebstrap debian-archive-keyring uidmap e2fsprogs xfsprogs squashfs-tools
     # downloads and tests
-    ca-certificates curl openssl pebble
+    ca-certificates curl iproute2 openssl pebble python3
     # disks of the emulated server (the emulator itself is an artifact of image-builder)
     qemu-utils
 )
