@@ -219,6 +219,15 @@ async fn tail_gives_lines_without_ends_and_characters_whole() {
     assert_eq!(process.tail(0).await.unwrap(), [""; 0]);
     assert_eq!(process.tail(1).await.unwrap(), ["c\u{fffd}"]);
     assert_eq!(process.tail(9).await.unwrap(), ["a", "bxé", "c\u{fffd}"]);
+    for (line, wanted) in [
+        (r"printf '\n'", vec![""]),
+        (r"printf '10%%\r20%%\r\n\nx'", vec!["10%\r20%\r", "", "x"]),
+        ("true", vec![]),
+    ] {
+        let process = vm.start(Command::shell(line)).await.unwrap();
+        soon(process.wait()).await.unwrap();
+        assert_eq!(process.tail(9).await.unwrap(), wanted, "{line}");
+    }
 }
 
 #[tokio::test]

@@ -46,7 +46,7 @@ impl Thread {
         work: impl Future<Output = Result<T, ClientError>>,
     ) -> Result<T, ClientError> {
         if Handle::try_current().is_ok() {
-            let reason = "it was called from async code; use the async client there";
+            let reason = "it was called on a thread of an async runtime; use the async client there, or a thread of your own";
             return Err(ClientError::Blocking(reason.into()));
         }
         match &self.0.0 {
