@@ -35,8 +35,10 @@ fuzz: setup ## Fuzzes every decoder for an hour (FUZZ_SECONDS=3600).
 	@.ci/fuzz.sh $(or $(FUZZ_SECONDS),3600)
 
 bench: images ## Measures; prints the tables of docs/performance.md.
+	@./setup.sh bench
 	cargo run --release --quiet -p guest-init --example speed
 	TMPDIR=/dev/shm cargo bench --quiet -p client --bench speed
+	cargo run --release --quiet -p proxy --example gateway-speed
 	peer=$$($(TARGET)/release/image-builder peer-qemu) && \
 	    $(TARGET)/release/qemu-test bench --peer "$$peer/peer-qemu.cpio"
 

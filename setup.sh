@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes a Debian 12 or 13 machine ready to build and test supvm: Debian packages, the musl target,
-# cargo-deny, cargo-fuzz. Safe to run as often as wanted: a run with nothing to do needs no root, touches no
-# network and ends in well under a second. It must never change a machine in other ways than these.
+# cargo-deny, cargo-fuzz; with the argument `bench` also to measure it. Safe to run as often as wanted:
+# a run with nothing to do needs no root, touches no network and ends in well under a second. It must
+# never change a machine in other ways than these.
 set -euo pipefail
 
 cargo_deny_version=0.20.2
@@ -21,6 +22,8 @@ packages=(
     # disks of the emulated server (the emulator itself is an artifact of image-builder)
     qemu-utils
 )
+# What `make bench` measures the gateway with and beside.
+if [ "${1:-}" = bench ]; then packages+=(iperf3 slirp4netns passt); fi
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
