@@ -106,19 +106,13 @@ async fn answer(stream: TcpStream, files: &Files) -> io::Result<()> {
     }
     let mut words = request.split_whitespace();
     let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or("/"));
-    let path = target
-        .split('?')
-        .next()
-        .unwrap_or("")
-        .trim_start_matches('/');
-    let page;
-    let path = if path.is_empty() || path.ends_with('/') {
-        page = format!("{path}index.html");
-        &page
-    } else {
-        path
-    };
-    let (status, content): (_, &[u8]) = match files.get(path) {
+    // apt asks for `/apt/./Packages`.
+    let path = target.split('?').next().unwrap_or("").replace("/./", "/");
+    let mut path = path.trim_start_matches('/').to_owned();
+    if path.is_empty() || path.ends_with('/') {
+        path.push_str("index.html");
+    }
+    let (status, content): (_, &[u8]) = match files.get(&path) {
         Some(content) => ("200 OK", content),
         None => ("404 Not Found", b""),
     };
