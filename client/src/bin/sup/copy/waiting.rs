@@ -97,10 +97,11 @@ impl Waiting {
         Ok((Some(waiting), file))
     }
 
-    /// Gives it its name. A file that had it keeps its rights: who may read it is not for a VM to say.
+    /// Gives it its name. A file that had it keeps its rights: who may read it is not for a VM to say. What it could do
+    /// by setuid or setgid was meant for its old content.
     pub(super) fn finish(self, file: &File, mode: u32) -> io::Result<()> {
         let old = std::fs::metadata(&self.to).ok();
-        let mode = old.map_or(mode, |old| old.mode() & 0o7777);
+        let mode = old.map_or(mode, |old| old.mode() & 0o777);
         file.set_permissions(Permissions::from_mode(mode))?;
         // Or a power cut could leave the name with nothing behind it.
         file.sync_all()?;
