@@ -198,11 +198,8 @@ impl Process {
         }
         text += &out.finish();
         text += &err.finish();
-        // A carriage return is a character of its line, as programs mean it that draw a line again.
-        let all: Vec<&str> = match text.strip_suffix('\n').unwrap_or(&text) {
-            _ if text.is_empty() => Vec::new(),
-            whole => whole.split('\n').collect(),
-        };
+        // A line ends with a line feed, or as on a terminal with a carriage return before it.
+        let all: Vec<&str> = text.lines().collect();
         let most = usize::try_from(lines).unwrap_or(usize::MAX);
         let first = all.len().saturating_sub(most);
         Ok(all.into_iter().skip(first).map(str::to_owned).collect())
