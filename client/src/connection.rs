@@ -7,7 +7,9 @@ use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
+use protocol::frame::MAX_DATA;
 use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
+use tokio::io::BufWriter;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
@@ -25,6 +27,13 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// The most streams we open at once: yamux waits for acknowledgements beyond 256.
 const MOST_STREAMS: u32 = 256;
+
+/// The longest yamux frame: the protocol's longest data frame fits with its header. Yamux flushes
+/// after each of its frames.
+const YAMUX_FRAME: usize = MAX_DATA + 4096;
+
+/// A yamux frame and its header are one write, and records of TLS are full.
+const WRITES: usize = YAMUX_FRAME + 4096;
 
 /// A stream of bytes and its place among those that may be open.
 #[derive(Debug)]
@@ -202,9 +211,11 @@ async fn drive(
     let mut config = yamux::Config::default();
     let streams = MOST_STREAMS as usize;
     config.set_max_num_streams(streams);
+    config.set_split_send_size(YAMUX_FRAME);
     config.set_max_connection_receive_window(Some(
         streams.saturating_mul(yamux::DEFAULT_CREDIT as usize),
     ));
+    let socket = BufWriter::with_capacity(WRITES, socket);
     let mut connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);
     let mut asked: VecDeque<oneshot::Sender<yamux::Stream>> = VecDeque::new();
     let mut words = Vec::new();

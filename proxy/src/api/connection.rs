@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use protocol::frame::MAX_DATA;
+use tokio::io::{AsyncRead, AsyncWrite, BufWriter};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::compat::TokioAsyncReadCompatExt;
 use yamux::{Config, ConnectionError, DEFAULT_CREDIT, Mode};
@@ -26,6 +27,13 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Bytes that are read of a client before its `Hello` was accepted.
 const BEFORE_HELLO: usize = 128 << 10;
 
+/// The longest yamux frame: the protocol's longest data frame fits with its header. Yamux flushes
+/// after each of its frames.
+const YAMUX_FRAME: usize = MAX_DATA + 4096;
+
+/// A yamux frame and its header are one write, and records of TLS are full.
+const WRITES: usize = YAMUX_FRAME + 4096;
+
 /// Serves one client until it leaves or breaks the rules. It is a stranger until its `Hello` was
 /// accepted.
 pub(crate) async fn serve<S>(
@@ -39,6 +47,7 @@ pub(crate) async fn serve<S>(
     let max_streams = shared.max_streams().clamp(1, MOST_STREAMS);
     let gate = Gate::new(stranger);
     let gated = Gated::new(socket, gate.clone(), BEFORE_HELLO);
+    let gated = BufWriter::with_capacity(WRITES, gated);
     let mut connection = yamux::Connection::new(gated.compat(), config(max_streams), Mode::Server);
     let session = Arc::new(Session::new(
         Arc::clone(&shared.desk),
@@ -102,6 +111,7 @@ fn config(max_streams: u32) -> Config {
     let streams = max_streams.saturating_add(SPARE_STREAMS) as usize;
     let mut config = Config::default();
     config.set_max_num_streams(streams);
+    config.set_split_send_size(YAMUX_FRAME);
     config.set_max_connection_receive_window(Some(streams.saturating_mul(DEFAULT_CREDIT as usize)));
     config
 }

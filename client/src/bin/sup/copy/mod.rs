@@ -2,6 +2,7 @@
 //! whole, here as there; what broke is gone on from, in this run and in the next one. What a VM
 //! sends is never believed: nothing outside the destination is written.
 
+mod ahead;
 mod archive;
 mod beneath;
 mod fetch;

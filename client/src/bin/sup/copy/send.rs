@@ -9,6 +9,7 @@ use client::{ClientError, Vm};
 use tokio_util::io::SyncIoBridge;
 
 use super::Job;
+use super::ahead::Ahead;
 use super::notes::Counted;
 use super::pack::{PackError, pack};
 use super::patience::Patience;
@@ -17,7 +18,7 @@ use crate::complaint::Complaint;
 /// A shorter file is sent again as fast as it is asked for.
 const WORTH_RESUMING: u64 = 1 << 20;
 
-/// How much of a file is read at once, and of an archive is made ahead.
+/// How much of an archive is made ahead.
 const AHEAD: usize = 1 << 20;
 
 /// Why an archive did not arrive.
@@ -38,8 +39,7 @@ pub(super) async fn send(
     if about.is_dir() {
         return tree(job, from, vm, to, what).await;
     }
-    let mut file = tokio::fs::File::open(from).await.map_err(unreadable)?;
-    file.set_max_buf_size(AHEAD);
+    let file = tokio::fs::File::open(from).await.map_err(unreadable)?;
     let mut write = FileWrite::new(to);
     if job.sparse {
         write = write.sparse();
@@ -57,6 +57,7 @@ pub(super) async fn send(
         write = write.upload_id(upload_id(vm, from, to, &about));
     }
     let bar = job.notes.bar(name, Some(about.len()));
+    let file = Ahead::new(file.into_std().await);
     let sent = vm.upload_resumable(write, Counted::new(file, &bar)).await;
     match &sent {
         Ok(_) => bar.finish(),
