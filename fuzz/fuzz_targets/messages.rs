@@ -85,6 +85,8 @@ fuzz_target!(|bytes: &[u8]| {
         protocol::host::proxy::UpdateVm,
         protocol::host::proxy::DetachVm,
         protocol::host::proxy::EdgeRequest,
+        protocol::host::proxy::LookUp,
+        protocol::host::proxy::LookedUp,
         protocol::host::proxy::Wake,
         protocol::host::proxy::Awake,
         protocol::host::proxy::DialAgent,

@@ -27,6 +27,10 @@ struct Backend {
 impl Guests for Backend {
     type Stream = TcpStream;
 
+    async fn publication(&self, _: &Subdomain) -> Result<Publication, Refusal> {
+        Ok(self.guest.publication.clone())
+    }
+
     async fn find(&self, _: &Subdomain) -> Result<Guest, Refusal> {
         Ok(self.guest.clone())
     }

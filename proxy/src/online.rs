@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use protocol::id::Subdomain;
+use protocol::network::Publication;
 use protocol::{ErrorBody, ErrorCode};
 use tokio::net::UnixStream;
 use tokio_util::either::Either;
@@ -76,6 +77,10 @@ impl Online {
 impl Guests for Online {
     /// Through the VM's stack, or through its agent.
     type Stream = Either<GuestStream, UnixStream>;
+
+    async fn publication(&self, subdomain: &Subdomain) -> Result<Publication, Refusal> {
+        self.vms.publication(subdomain).await.map_err(refusal)
+    }
 
     async fn find(&self, subdomain: &Subdomain) -> Result<Guest, Refusal> {
         let vm = match self.vms.find(subdomain) {

@@ -362,7 +362,8 @@ impl LineGuard {
             machine.renewed = Some(due);
             due.saturating_duration_since(now)
         };
-        tracing::info!(vm = %lost.vm, generation = lost.generation, "frame channel lost; making a new one");
+        // Most often this is the VM's own end, of which control learns a moment later.
+        tracing::debug!(vm = %lost.vm, generation = lost.generation, "frame channel ended");
         let (frames, number) = (self.frames.clone(), self.number);
         tokio::spawn(async move {
             sleep(pause).await;
@@ -407,6 +408,13 @@ impl LineGuard {
             return;
         };
         line.at = None;
+        let renewed = state.machines.get(vm).and_then(|one| one.renewed);
+        if let (Has::This(generation), Some(_)) = (&now, renewed) {
+            tracing::info!(%vm, generation, "frame channel was lost and made anew");
+        }
+        let Some(line) = state.line.as_mut() else {
+            return;
+        };
         let Some(attached) = &mut line.attached else {
             return;
         };

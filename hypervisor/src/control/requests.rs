@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use protocol::frame::MAX_BODY;
 use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
-use protocol::host::proxy::{ApiRequest, Awake, DialAgent, EdgeRequest, Wake};
-use protocol::id::{Owner, VmId};
+use protocol::host::proxy::{ApiRequest, Awake, DialAgent, EdgeRequest, LookUp, LookedUp, Wake};
+use protocol::id::{Owner, Subdomain, VmId};
 use protocol::message::{decode_body, encode_body};
 use protocol::network::{GetNetwork, NetworkCounters, NetworkInfo, SetNetwork};
 use protocol::vm::{
@@ -22,7 +22,7 @@ use proxy::Quiet;
 use super::create::check_egress;
 use super::registry::Registry;
 use super::tokens::Tokens;
-use super::vm::{Command, Host, OpenedStream, View, not_found};
+use super::vm::{Command, Host, OpenedStream, View, VmHandle, not_found};
 
 /// How long a stop waits when the request does not say.
 const STOP: Duration = Duration::from_secs(30);
@@ -185,6 +185,7 @@ impl Requests {
     /// Answers what the edge asks.
     pub(crate) async fn answer_edge(&self, request: &EdgeRequest) -> Answer {
         let answer = match Kind(request.kind) {
+            Kind::LOOK_UP => self.look_up(&request.body),
             Kind::WAKE => self.wake(&request.body).await,
             Kind::DIAL_AGENT => self.dial(&request.body).await,
             kind => Err(ErrorBody::caller(
@@ -198,11 +199,23 @@ impl Requests {
         })
     }
 
+    /// Says who may come in at an address; whoever may not must not start its VM.
+    fn look_up(&self, body: &[u8]) -> Result<Answer, ErrorBody> {
+        let LookUp { subdomain } = decode_body(body)?;
+        let handle = self.published(&subdomain)?;
+        let publication = handle.view.borrow().record.publication.clone();
+        Answer::of(&LookedUp { publication })
+    }
+
+    fn published(&self, subdomain: &Subdomain) -> Result<VmHandle, ErrorBody> {
+        self.registry.published(subdomain).ok_or_else(|| {
+            ErrorBody::caller(ErrorCode::VmNotFound, "there is no VM at this address")
+        })
+    }
+
     async fn wake(&self, body: &[u8]) -> Result<Answer, ErrorBody> {
         let Wake { subdomain } = decode_body(body)?;
-        let handle = self.registry.published(&subdomain).ok_or_else(|| {
-            ErrorBody::caller(ErrorCode::VmNotFound, "there is no VM at this address")
-        })?;
+        let handle = self.published(&subdomain)?;
         let view = handle.ask(Command::Wake).await?;
         let generation = view.record.generation;
         if !self.host.frames.is_attached(&handle.id, generation) {

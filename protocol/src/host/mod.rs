@@ -342,6 +342,23 @@ mod tests {
             &request,
             "\\x06\\x00\\x00\\x00\\x08\\x83\\x00\\x05\\x89\\x86\\x02\\x01\\t",
         );
+        let look_up = LookUp {
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+        };
+        golden(
+            &look_up,
+            "\\x15\\x00\\x00\\x00\\x18\\x83\\x00\\x14abcdefghijklmnopqrst",
+        );
+        let looked_up = LookedUp {
+            publication: Publication {
+                autostart: true,
+                token: Some([b'a'; 32]),
+            },
+        };
+        golden(
+            &looked_up,
+            "\\\"\\x00\\x00\\x00\\x19\\x83\\x00\\x01\\x01aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        );
         let wake = Wake {
             subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
         };

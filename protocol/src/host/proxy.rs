@@ -3,7 +3,8 @@
 //! control checks tokens and proxy keeps nothing. While no control is there, requests wait.
 //!
 //! For each running VM control hands proxy the other end of the VM's frame channel. Requests at
-//! public addresses whose VM proxy does not have become [`Wake`]s.
+//! public addresses whose VM proxy does not have become a [`LookUp`] and, once the visitor may come in,
+//! a [`Wake`].
 
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +53,10 @@ impl Kind {
     pub const ORDER_CERTIFICATE: Self = Self(0x8311);
     /// [`CertificateOrdered`].
     pub const CERTIFICATE_ORDERED: Self = Self(0x8312);
+    /// [`LookUp`], in an [`EdgeRequest`], answered by [`Kind::LOOKED_UP`].
+    pub const LOOK_UP: Self = Self(0x8318);
+    /// [`LookedUp`].
+    pub const LOOKED_UP: Self = Self(0x8319);
 }
 
 /// The names of the descriptors that proxy is started with.
@@ -192,13 +197,28 @@ pub struct DetachVm {
 pub struct EdgeRequest {
     /// Chosen by proxy among the same numbers as an [`ApiRequest`]'s, given back in the answer.
     pub ticket: u64,
-    /// [`Kind::WAKE`] or [`Kind::DIAL_AGENT`].
+    /// [`Kind::LOOK_UP`], [`Kind::WAKE`] or [`Kind::DIAL_AGENT`].
     pub kind: u16,
     /// The body of that.
     pub body: Vec<u8>,
 }
 
-/// Somebody asks for a public address. A VM that is stopped is started, unless its owner turned
+/// Asks how a VM can be reached whose network proxy does not have, before anything is done for the
+/// visitor. It starts nothing. A label that is nobody's is refused with `VmNotFound`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookUp {
+    /// The address's label.
+    pub subdomain: Subdomain,
+}
+
+/// Answer to [`LookUp`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookedUp {
+    /// Who may come in.
+    pub publication: Publication,
+}
+
+/// Somebody who may come in asks for a public address. A VM that is stopped is started, unless its owner turned
 /// that off (`VmStopped`); a label that is nobody's is refused with `VmNotFound`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wake {
@@ -323,6 +343,8 @@ messages! {
     UPDATE_VM => UpdateVm,
     DETACH_VM => DetachVm,
     EDGE_REQUEST => EdgeRequest,
+    LOOK_UP => LookUp,
+    LOOKED_UP => LookedUp,
     WAKE => Wake,
     AWAKE => Awake,
     DIAL_AGENT => DialAgent,

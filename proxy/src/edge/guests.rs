@@ -14,6 +14,13 @@ pub trait Guests: Send + Sync + 'static {
     /// A connection to a port of a VM.
     type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
+    /// Who may come in at a label. Nothing is started for it: the edge asks this first, and for the
+    /// VM itself only when the visitor may come in.
+    fn publication(
+        &self,
+        subdomain: &Subdomain,
+    ) -> impl Future<Output = Result<Publication, Refusal>> + Send;
+
     /// The VM of a label. One that is stopped is started and waited for, unless its owner turned
     /// that off. The future is dropped when the visitor goes away.
     fn find(&self, subdomain: &Subdomain) -> impl Future<Output = Result<Guest, Refusal>> + Send;

@@ -17,14 +17,13 @@ use http::uri::{Authority, PathAndQuery};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::ext::Protocol;
-use protocol::id::Subdomain;
 
 use super::access::{Knock, Verdict, check};
 use super::activity::Activity;
 use super::body::{Answer, Gate, Keep, Upload};
 use super::forward::{Outgoing, Target, send};
 use super::framing::Malformed;
-use super::guests::{Guest, Guests};
+use super::guests::{Guests, Refusal};
 use super::headers::{Hop, Origin, asks_for_websocket, is_grpc, to_guest, to_visitor};
 use super::log::Entry;
 use super::pages::{Page, wants_html};
@@ -171,19 +170,26 @@ async fn respond<G: Guests>(
         Route::Base if asked.path.path() == "/" => return Err(Page::Landing),
         Route::Base | Route::Nothing => return Err(Page::NotFound),
     };
-    let guest = find(core, &subdomain).await?;
-    guest.requests.fetch_add(1, Ordering::Relaxed);
-    entry.guest(&guest, port);
+    // A stopped VM is started only for who may come in.
+    let publication = found(core, core.guests.publication(&subdomain)).await?;
     let knock = Knock {
         method: &head.method,
         target: asked.path.as_str(),
         address: connection.peer.ip(),
         subdomain: &subdomain,
     };
-    match check(&guest.publication, &knock, &mut head.headers, &core.tries) {
+    match check(&publication, &knock, &mut head.headers, &core.tries) {
         Verdict::Enter => {}
         Verdict::Trade { cookie, target } => return trade(&asked, &cookie, &target),
         Verdict::Refuse(page) => return Err(page),
+    }
+    let guest = found(core, core.guests.find(&subdomain)).await?;
+    guest.requests.fetch_add(1, Ordering::Relaxed);
+    entry.guest(&guest, port);
+    let now = guest.publication.token;
+    if now.is_some() && now != publication.token {
+        // Its owner changed the token while it started.
+        return Err(Page::Unauthorized);
     }
     let pool = core.pool(&guest);
     let place = pool.enter().ok_or(Page::TooMany)?;
@@ -258,8 +264,11 @@ fn trade(asked: &Asked, cookie: &str, target: &str) -> Result<Response<Answer>, 
     Ok(response)
 }
 
-async fn find<G: Guests>(core: &Core<G>, subdomain: &Subdomain) -> Result<Guest, Page> {
-    let finding = core.guests.find(subdomain);
+/// What is known of a VM, within the limit for that.
+async fn found<G: Guests, T>(
+    core: &Core<G>,
+    finding: impl Future<Output = Result<T, Refusal>>,
+) -> Result<T, Page> {
     match tokio::time::timeout(core.limits.find, finding).await {
         Ok(found) => Ok(found?),
         Err(_) => Err(Page::StartTimeout),

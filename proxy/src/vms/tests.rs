@@ -1,7 +1,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use protocol::host::proxy::{ApiReply, Awake};
+use protocol::host::proxy::{ApiReply, Awake, LookedUp};
 use protocol::message::encode_body;
 
 use super::*;
@@ -241,6 +241,46 @@ async fn a_label_that_nobody_has_reaches_control_once() {
     let stopped = ErrorBody::caller(ErrorCode::VmStopped, "off");
     reply(&desk, ticket, &stopped);
     assert_eq!(again.await.unwrap().unwrap_err(), stopped);
+}
+
+#[tokio::test]
+async fn who_may_come_in_is_asked_without_waking_the_vm() {
+    let (desk, vms) = vms();
+    let control = desk.connected();
+    let ask = |letter| {
+        let vms = Arc::clone(&vms);
+        tokio::spawn(async move { vms.publication(&label(letter)).await })
+    };
+    let next = async || {
+        let Some(Outgoing::Edge(request)) = desk.next(control).await else {
+            panic!("not asked");
+        };
+        assert_eq!(Kind(request.kind), Kind::LOOK_UP);
+        request.ticket
+    };
+    let first = ask('a');
+    let guarded = LookedUp {
+        publication: Publication {
+            autostart: true,
+            token: Some([7; 32]),
+        },
+    };
+    reply(&desk, next().await, &guarded);
+    assert_eq!(first.await.unwrap().unwrap(), guarded.publication);
+    let nobody = ask('b');
+    let unknown = ErrorBody::caller(ErrorCode::VmNotFound, "none");
+    reply(&desk, next().await, &unknown);
+    assert_eq!(nobody.await.unwrap().unwrap_err(), unknown);
+    // Neither what nobody has nor what is attached is asked for.
+    let again = tokio::time::timeout(HANG, ask('b')).await;
+    let error = again.expect("control was asked").unwrap().unwrap_err();
+    assert_eq!(error.code, ErrorCode::VmNotFound);
+    let (wanted, ours, _theirs) = attach(1, 'a', 1);
+    let attached = wanted.publication.clone();
+    vms.attach(wanted, ours);
+    let again = tokio::time::timeout(HANG, ask('a')).await;
+    let publication = again.expect("control was asked").unwrap().unwrap();
+    assert_eq!(publication, attached);
 }
 
 #[tokio::test]

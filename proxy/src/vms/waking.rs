@@ -1,5 +1,5 @@
-//! Waking VMs: all visitors of one address share one question to control, which ends with the last of
-//! them. What a VM that sleeps costs is one start, however many ask.
+//! VMs that are not attached: who may come in, and waking them. To wake one, all visitors of one
+//! address share one question to control, which ends with the last of them. What a VM that sleeps costs is one start, however many ask.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, Weak};
@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared};
-use protocol::host::proxy::{Awake, Wake};
+use protocol::host::proxy::{Awake, LookUp, LookedUp, Wake};
 use protocol::id::{Subdomain, VmId};
+use protocol::network::Publication;
 use protocol::{ErrorBody, ErrorCode, Kind};
 
 use super::{Vms, refusal};
@@ -34,6 +35,40 @@ impl Waking {
 }
 
 impl Vms {
+    /// Who may come in at a public address: known at once when its VM is attached, else control is
+    /// asked, which starts nothing for it.
+    pub(crate) async fn publication(
+        &self,
+        subdomain: &Subdomain,
+    ) -> Result<Publication, ErrorBody> {
+        if let Some(vm) = self.find(subdomain) {
+            return Ok(vm.publication().as_ref().clone());
+        }
+        if self.lock().unknown.has(subdomain, Instant::now()) {
+            return Err(nobody());
+        }
+        let look_up = LookUp {
+            subdomain: subdomain.clone(),
+        };
+        let answer = self.desk.ask_edge(&look_up).await;
+        let looked_up = answer.and_then(|answer| {
+            if answer.frame.kind != Kind::LOOKED_UP {
+                return Err(refusal(&answer.frame));
+            }
+            Ok(protocol::decode::<LookedUp>(&answer.frame)?)
+        });
+        if let Err(error) = &looked_up
+            && error.code == ErrorCode::VmNotFound
+        {
+            let mut state = self.lock();
+            // A VM may have been made with it while control answered.
+            if !state.by_label.contains_key(subdomain) {
+                state.unknown.remember(look_up.subdomain, Instant::now());
+            }
+        }
+        Ok(looked_up?.publication)
+    }
+
     /// Makes sure that the VM of a public address is up: at once when it is attached, else by asking
     /// control, which starts it. Whoever calls sets the deadline; giving up waiting takes nothing back.
     pub(crate) async fn wake(self: &Arc<Self>, subdomain: &Subdomain) -> Woken {
@@ -46,10 +81,7 @@ impl Vms {
     fn question(self: &Arc<Self>, subdomain: &Subdomain) -> Result<Shared<Question>, ErrorBody> {
         let mut state = self.lock();
         if state.unknown.has(subdomain, Instant::now()) {
-            return Err(ErrorBody::caller(
-                ErrorCode::VmNotFound,
-                "there is no VM at this address",
-            ));
+            return Err(nobody());
         }
         let questions = &state.waking.questions;
         if let Some(question) = questions.get(subdomain).and_then(|(_, one)| one.upgrade()) {
@@ -91,6 +123,10 @@ impl Vms {
         }
         Ok(question)
     }
+}
+
+fn nobody() -> ErrorBody {
+    ErrorBody::caller(ErrorCode::VmNotFound, "there is no VM at this address")
 }
 
 /// Forgets a question when it is answered or nobody waits any more.

@@ -1,6 +1,9 @@
 //! VMs whose owner set a token.
 
+use std::sync::atomic::Ordering;
+
 use http::Request;
+use proxy::edge::guests::Refusal;
 
 use crate::support::{Got, World, empty, soon};
 
@@ -43,6 +46,22 @@ async fn a_token_opens_by_field_or_by_link_and_cookie_and_the_guest_sees_none_of
     world.token(&vm, "changed");
     let got = world.get(&host, &[("cookie", &cookies)]).await;
     assert_eq!(got.status.as_u16(), 401, "and ends with the token");
+}
+
+#[tokio::test]
+async fn a_stopped_vm_is_started_only_for_who_may_come_in() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    world.token(&vm, "secret");
+    world.refuse(&vm, Refusal::Stopped);
+    let host = vm.host();
+    assert_eq!(world.get(&host, &[]).await.status.as_u16(), 401);
+    let got = world.get(&host, &[("x-supvm-token", "wrong")]).await;
+    assert_eq!(got.status.as_u16(), 403);
+    assert_eq!(world.guests.found.load(Ordering::SeqCst), 0, "it was woken");
+    let got = world.get(&host, &[("x-supvm-token", "secret")]).await;
+    assert_eq!(got.status.as_u16(), 503, "who may come in learns its state");
+    assert_eq!(world.guests.found.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]

@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use protocol::host::proxy::{Awake, DialAgent, FramesLost, Wake};
+use protocol::host::proxy::{Awake, DialAgent, FramesLost, LookUp, LookedUp, Wake};
 use protocol::host::vmm::Ending;
+use protocol::id::Subdomain;
 use protocol::network::{
     Egress, GetNetwork, NetworkInfo, Publication, Rule, RuleAction, RuleProtocol, SetNetwork,
 };
@@ -292,6 +293,33 @@ async fn without_autostart_only_a_start_starts_a_vm() {
         .await
         .unwrap();
     assert_eq!(awake.generation, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_edge_learns_who_may_come_in_without_starting_anything() {
+    let world = World::new().await;
+    let mut wanted = create(1);
+    wanted.publication.token = Some([7; 32]);
+    let made = world.create(&wanted).await.unwrap();
+    let _: VmInfo = world.ask(&stop(&made)).await.unwrap();
+    let look_up = |subdomain: &Subdomain| LookUp {
+        subdomain: subdomain.clone(),
+    };
+    let (looked_up, _) = world
+        .api()
+        .ask_edge::<_, LookedUp>(&look_up(&made.subdomain))
+        .await
+        .unwrap();
+    assert_eq!(looked_up.publication, wanted.publication);
+    let now = &world.list().await[0];
+    assert_eq!((now.state, now.generation), (VmState::Stopped, 1));
+    let stranger = "aaaaaaaaaaaaaaaaaaaa".parse().unwrap();
+    let error = world
+        .api()
+        .ask_edge::<_, LookedUp>(&look_up(&stranger))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::VmNotFound);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
