@@ -6,6 +6,7 @@
 mod answer;
 mod cache;
 mod exchange;
+mod failures;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod message;

@@ -238,6 +238,23 @@ async fn when_no_server_can_tell_the_guest_is_told_so() {
 }
 
 #[tokio::test]
+async fn a_question_that_nobody_could_answer_is_not_asked_again_at_once() {
+    let broken = fake(|query, _| coded(query, ResponseCode::ServFail)).await;
+    let (upstreams, resolver) = asking(&[&broken]);
+    for failures in 1..=3 {
+        assert_eq!(ask(&resolver, "a.example.").await, failed());
+        assert_eq!(resolver.counters().failed, failures);
+        assert_eq!(broken.asked(), (1, 0));
+    }
+    assert_eq!(ask(&resolver, "b.example.").await, failed());
+    assert_eq!(broken.asked(), (2, 0));
+    // What these servers could not, others may.
+    let other = honest("1.1.1.1").await;
+    upstreams.set(vec![other.address]);
+    assert_eq!(ask(&resolver, "a.example.").await, found("1.1.1.1"));
+}
+
+#[tokio::test]
 async fn a_lost_packet_is_sent_again() {
     let first = AtomicUsize::new(0);
     let lossy = fake(move |query, _| match first.fetch_add(1, Ordering::SeqCst) {

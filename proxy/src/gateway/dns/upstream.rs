@@ -1,5 +1,6 @@
 //! The name servers that all VMs share: which of them to ask and when to ask the next one, what
-//! they answered before, and questions that are under way already. It sees no VM and no rule.
+//! they answered before or could not, and questions that are under way already. It sees no VM and no
+//! rule.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -14,6 +15,7 @@ use tokio::time::sleep;
 use super::answer::{Answer, Ask};
 use super::cache::Cache;
 use super::exchange::{ExchangeError, exchange};
+use super::failures::Failures;
 
 /// More name servers than that are not asked.
 pub const MAX_SERVERS: usize = 8;
@@ -69,6 +71,7 @@ pub struct Upstreams {
 struct State {
     servers: Arc<Servers>,
     cache: Cache,
+    failures: Failures,
     under_way: HashMap<Ask, watch::Receiver<Option<Outcome>>>,
 }
 
@@ -124,6 +127,7 @@ impl Upstreams {
         }
         state.servers = Arc::new(servers);
         state.cache = Cache::default();
+        state.failures = Failures::default();
         state.under_way.clear();
     }
 
@@ -139,6 +143,9 @@ impl Upstreams {
             }
             if state.servers.list.is_empty() {
                 return Err(Failure::NoServers);
+            }
+            if state.failures.contains(&ask, Instant::now()) {
+                return Err(Failure::Unanswered);
             }
             match state.under_way.get(&ask) {
                 Some(outcome) => outcome.clone(),
@@ -182,14 +189,16 @@ struct Task {
 }
 
 impl Task {
-    /// Notes the answer, if it is one of the servers of now.
+    /// Notes the answer, or that there is none, if it is one of the servers of now.
     fn end(&self, outcome: &Outcome) {
         let mut state = self.upstreams.state();
-        if let Ok(answer) = outcome
-            && Arc::ptr_eq(&state.servers, &self.servers)
-        {
-            let (ask, answer) = (self.ask.clone(), Arc::clone(answer));
-            state.cache.insert(ask, answer, Instant::now());
+        if !Arc::ptr_eq(&state.servers, &self.servers) {
+            return;
+        }
+        let (ask, now) = (self.ask.clone(), Instant::now());
+        match outcome {
+            Ok(answer) => state.cache.insert(ask, Arc::clone(answer), now),
+            Err(_) => state.failures.insert(ask, now),
         }
     }
 }
