@@ -2,6 +2,8 @@
 //! loopback. Prints a table and asserts nothing. Set TMPDIR to a tmpfs to leave the disk out:
 //!
 //!     TMPDIR=/dev/shm cargo bench -p client --bench speed
+//!
+//! Behind `--`, `commands` or `copies` runs only that half.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -42,12 +44,13 @@ async fn main() {
     };
     println!("| What | n | median | 10th to 90th percentile | goal |");
     println!("|---|---|---|---|---|");
-    let agent = commands(&machine, &sup).await;
-    copies(&machine, &sup).await;
-    println!(
-        "\nThe agent's own `true` has a median of {}.",
-        milliseconds(agent)
-    );
+    let wanted = |half| std::env::args().any(|given| given == half);
+    if !wanted("copies") {
+        commands(&machine, &sup).await;
+    }
+    if !wanted("commands") {
+        copies(&machine, &sup).await;
+    }
 }
 
 /// The program and how it finds the appliance.
@@ -75,8 +78,8 @@ impl Sup<'_> {
     }
 }
 
-/// Takes turns, so that what else the machine does falls on all alike. Gives the agent's median.
-async fn commands(machine: &Machine, sup: &Sup<'_>) -> Duration {
+/// Takes turns, so that what else the machine does falls on all alike.
+async fn commands(machine: &Machine, sup: &Sup<'_>) {
     let vm = machine.vm().await;
     let patch = sup.home.join("patch.js");
     fs::write(&patch, "return 1").unwrap();
@@ -109,7 +112,6 @@ async fn commands(machine: &Machine, sup: &Sup<'_>) -> Duration {
         let [low, middle, high] = spread(times).map(milliseconds);
         println!("| {what} | {COMMANDS} | {middle} | {low} to {high} | {goal} |");
     }
-    agent
 }
 
 /// A command without client or appliance.

@@ -35,6 +35,9 @@ const YAMUX_FRAME: usize = MAX_DATA + 4096;
 /// A yamux frame and its header are one write, and records of TLS are full.
 const WRITES: usize = YAMUX_FRAME + 4096;
 
+/// What the windows of a connection's streams may grow by, all together.
+const SPARE_WINDOW: usize = 4 << 20;
+
 /// A stream of bytes and its place among those that may be open.
 #[derive(Debug)]
 pub(crate) struct Stream {
@@ -207,13 +210,15 @@ async fn drive(
     mut wanted: mpsc::Receiver<Wanted>,
     end: Arc<OnceLock<String>>,
 ) {
-    // The windows of so many streams, and no more, however the peer tunes them.
+    // The windows of so many streams and what they may grow by, however the peer behaves.
     let mut config = yamux::Config::default();
     let streams = MOST_STREAMS as usize;
     config.set_max_num_streams(streams);
     config.set_split_send_size(YAMUX_FRAME);
     config.set_max_connection_receive_window(Some(
-        streams.saturating_mul(yamux::DEFAULT_CREDIT as usize),
+        streams
+            .saturating_mul(yamux::DEFAULT_CREDIT as usize)
+            .saturating_add(SPARE_WINDOW),
     ));
     let socket = BufWriter::with_capacity(WRITES, socket);
     let mut connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);

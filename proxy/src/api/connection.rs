@@ -34,6 +34,9 @@ const YAMUX_FRAME: usize = MAX_DATA + 4096;
 /// A yamux frame and its header are one write, and records of TLS are full.
 const WRITES: usize = YAMUX_FRAME + 4096;
 
+/// What the windows of a connection's streams may grow by, all together.
+const SPARE_WINDOW: usize = 4 << 20;
+
 /// Serves one client until it leaves or breaks the rules. It is a stranger until its `Hello` was
 /// accepted.
 pub(crate) async fn serve<S>(
@@ -103,16 +106,20 @@ pub(crate) async fn serve<S>(
     let _ = tokio::time::timeout(FAREWELL, close).await;
 }
 
-/// Windows stay at yamux's 256 KiB, because the sum is exactly what so many streams need: what one
-/// connection can make us hold is (max_streams + [`SPARE_STREAMS`]) * 256 KiB and cannot be
-/// auto-tuned upwards by a client. Yamux's own maximum, which ends the connection, lies above ours,
-/// which is answered.
+/// Each stream has yamux's window of 256 KiB. Those that are used up faster than word of it comes back
+/// grow by [`SPARE_WINDOW`], all together, so what one connection can make us hold is (max_streams +
+/// [`SPARE_STREAMS`]) * 256 KiB and that, however a client behaves. Yamux's own maximum of streams,
+/// which ends the connection, lies above ours, which is answered.
 fn config(max_streams: u32) -> Config {
     let streams = max_streams.saturating_add(SPARE_STREAMS) as usize;
     let mut config = Config::default();
     config.set_max_num_streams(streams);
     config.set_split_send_size(YAMUX_FRAME);
-    config.set_max_connection_receive_window(Some(streams.saturating_mul(DEFAULT_CREDIT as usize)));
+    config.set_max_connection_receive_window(Some(
+        streams
+            .saturating_mul(DEFAULT_CREDIT as usize)
+            .saturating_add(SPARE_WINDOW),
+    ));
     config
 }
 

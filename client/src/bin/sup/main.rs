@@ -33,6 +33,7 @@ const NO_EXIT_CODE: u8 = 255;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    keep_freed_memory();
     let failed = match arguments.task {
         Task::Exec(_) | Task::Shell(_) | Task::Attach(_) | Task::Run(_) => NO_EXIT_CODE,
         _ => 1,
@@ -58,6 +59,19 @@ fn main() -> ExitCode {
     // A read of standard input may still be blocked; nobody waits for it.
     runtime.shutdown_background();
     code.into()
+}
+
+/// The end of the heap is not given back to the kernel for every buffer of a copy, only to be asked
+/// for again, page by page, for the next.
+fn keep_freed_memory() {
+    /// Bytes at the heap's end that may lie unused.
+    #[cfg(target_env = "gnu")]
+    const UNUSED: i32 = 16 << 20;
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes numbers and changes the allocator's settings under its lock.
+    unsafe {
+        nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, UNUSED);
+    }
 }
 
 async fn run(arguments: Arguments) -> Result<u8, Complaint> {
