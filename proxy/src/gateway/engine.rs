@@ -99,6 +99,7 @@ pub(super) struct Engine {
     pub(super) question_streams: usize,
     pub(super) asking: usize,
     pub(super) inbound: usize,
+    pub(super) name_streams: usize,
     pub(super) now: Instant,
     pub(super) next_port: u16,
     epoch: Instant,
@@ -189,6 +190,7 @@ impl Engine {
             question_streams: 0,
             asking: 0,
             inbound: 0,
+            name_streams: 0,
             now,
             next_port: u16::from_ne_bytes([seed[0], seed[1]]),
             epoch: now,
@@ -278,8 +280,9 @@ impl Engine {
         while let Some(token) = self.timers.due(self.now) {
             self.soil(token);
         }
-        self.serve_dirty();
+        // Who has waited for room comes first: what happens to others all the time would leave none.
         self.serve_starved();
+        self.serve_dirty();
         let choked = self.link.choked();
         self.flush()?;
         let relieved = choked && !self.link.choked();
@@ -464,6 +467,7 @@ impl Engine {
                 self.channel_ready.writable = false;
                 self.channel_ready.readable = true;
                 self.channel_ready.finished = true;
+                self.link.close();
                 Ok(())
             }
             Err(error) => Err(EngineError::Channel(error)),
@@ -577,3 +581,6 @@ fn getrandom(into: &mut [u8]) -> io::Result<()> {
         Err(io::Error::last_os_error())
     }
 }
+
+#[cfg(test)]
+mod tests;

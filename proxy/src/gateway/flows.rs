@@ -31,6 +31,9 @@ const SHORT: [u16; 2] = [53, 123];
 /// Packets of one flow before others have their turn.
 const BURST: usize = 32;
 
+/// Errors of one flow in one turn; the network has told of no more than one at a time.
+const MOST_ERRORS: u32 = 4;
+
 /// The headers of IPv6, the longer ones, and UDP.
 const HEADERS: usize = 48;
 
@@ -127,16 +130,12 @@ impl Engine {
     }
 
     fn flow_refused(&mut self, packet: &Packet<'_>, error: Errno) {
-        let why = match error {
-            Errno::ECONNREFUSED => Unreachable::Port,
-            Errno::ENETUNREACH | Errno::ENETDOWN => Unreachable::Network,
-            Errno::EHOSTUNREACH | Errno::EHOSTDOWN => Unreachable::Host,
-            Errno::EACCES | Errno::EPERM => Unreachable::Prohibited,
-            Errno::EMFILE | Errno::ENFILE => return count(&self.counters.limited),
-            // Too large, or no buffers: lost, as packets are.
-            _ => return,
-        };
-        answer::unreachable(&mut self.link, packet, why);
+        if matches!(error, Errno::EMFILE | Errno::ENFILE) {
+            count(&self.counters.limited);
+        }
+        if let Some(why) = unreachable_by(error) {
+            answer::unreachable(&mut self.link, packet, why);
+        }
     }
 
     fn send_flow(&mut self, token: Token, payload: &[u8], packet: &Packet<'_>) -> Option<()> {
@@ -147,10 +146,14 @@ impl Engine {
         };
         flow.last = now;
         let mut sent = world::send(entry.socket.as_fd(), payload);
-        if sent == Err(Errno::ECONNREFUSED) {
-            // That was about an earlier packet, whose sender is told; this one is sent.
+        if let Err(error) = sent
+            && unreachable_by(error).is_some()
+        {
+            // It may be about an earlier packet, whose sender is told; this one is sent.
             sent = world::send(entry.socket.as_fd(), payload);
-            self.flow_refused(packet, Errno::ECONNREFUSED);
+            if sent != Err(error) {
+                self.flow_refused(packet, error);
+            }
         }
         match sent {
             Ok(_) => Some(()),
@@ -164,6 +167,7 @@ impl Engine {
     /// Takes what came for a flow to the guest.
     pub(super) fn serve_flow(&mut self, token: Token) -> Next {
         let now = self.now;
+        let mut errors = 0;
         for _ in 0..BURST {
             let Some(entry) = self.entries.get_mut(token) else {
                 return Next::Wait(None);
@@ -208,20 +212,33 @@ impl Engine {
             match failed {
                 None => flow.last = now,
                 Some(Errno::EAGAIN) => entry.ready.readable = false,
-                Some(Errno::ECONNREFUSED) if key.protocol == IpProtocol::Udp => {
-                    let why = Unreachable::Port;
-                    answer::datagram_unreachable(&mut self.link, key.guest_port, key.peer, why);
+                // The kernel tells an error before what came earlier, and only once: what came is
+                // still there, and nothing will say so again.
+                Some(error) if errors < MOST_ERRORS => {
+                    errors = errors.saturating_add(1);
+                    if key.protocol == IpProtocol::Udp
+                        && let Some(why) = unreachable_by(error)
+                    {
+                        answer::datagram_unreachable(&mut self.link, key.guest_port, key.peer, why);
+                    }
                 }
-                Some(Errno::EHOSTUNREACH) if key.protocol == IpProtocol::Udp => {
-                    let why = Unreachable::Host;
-                    answer::datagram_unreachable(&mut self.link, key.guest_port, key.peer, why);
-                }
-                // An error is told once, and then the socket goes on.
                 Some(_) => entry.ready.readable = false,
             }
         }
         self.soil(token);
         Next::Wait(None)
+    }
+}
+
+/// What a guest is told about an error of a socket; none about a packet that is too large or finds no
+/// buffers: it is lost, as packets are.
+fn unreachable_by(error: Errno) -> Option<Unreachable> {
+    match error {
+        Errno::ECONNREFUSED => Some(Unreachable::Port),
+        Errno::ENETUNREACH | Errno::ENETDOWN => Some(Unreachable::Network),
+        Errno::EHOSTUNREACH | Errno::EHOSTDOWN => Some(Unreachable::Host),
+        Errno::EACCES | Errno::EPERM => Some(Unreachable::Prohibited),
+        _ => None,
     }
 }
 

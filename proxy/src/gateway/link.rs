@@ -36,6 +36,8 @@ pub(super) struct Link {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Nobody takes frames any more.
+    closed: bool,
     /// Where frames are sent to.
     pub(super) guest_mac: EthernetAddress,
     /// Something could not be sent because the buffer was full or a limit reached.
@@ -57,6 +59,7 @@ impl Link {
             buffer: vec![0; CAPACITY].into_boxed_slice(),
             start: 0,
             end: 0,
+            closed: false,
             guest_mac: GUEST_MAC,
             refused: false,
             last_ack: None,
@@ -93,6 +96,14 @@ impl Link {
             .max(self.packets.closed_until(self.now))
     }
 
+    /// Throws away what is waiting and what comes, because nobody takes it any more: who waits for
+    /// room would wait for ever, and with it the end of the channel for being seen.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        self.start = 0;
+        self.end = 0;
+    }
+
     /// Writes what is waiting. Whether the channel took all.
     pub(super) fn flush(&mut self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         while let Some(waiting) = self.buffer.get(self.start..self.end)
@@ -123,6 +134,10 @@ impl Link {
         let size = most.saturating_add(overhead);
         if most > MTU {
             return false;
+        }
+        if self.closed {
+            self.start = 0;
+            self.end = 0;
         }
         if self.end.saturating_add(size) > self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);

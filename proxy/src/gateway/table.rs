@@ -14,7 +14,7 @@ use super::counters::{Counters, count};
 use super::engine::Engine;
 use super::flows::Flow;
 use super::slab::Token;
-use super::tcp::{Asking, Connection};
+use super::tcp::{Asking, Connection, With};
 use super::{Common, world};
 
 /// What tells connections and flows apart.
@@ -114,6 +114,9 @@ impl Engine {
         kind: Kind,
         permit: Option<Permit>,
     ) -> Option<Token> {
+        if let Some(number) = self.number_of(&kind) {
+            *number = number.saturating_add(1);
+        }
         let poller = &self.poller.get_ref().0;
         let mut added = Ok(());
         let token = self.entries.insert(|token| {
@@ -133,7 +136,11 @@ impl Engine {
             }
         });
         if added.is_err() {
-            self.entries.remove(token);
+            let entry = self.entries.remove(token)?;
+            if let Some(number) = self.number_of(&entry.kind) {
+                *number = number.saturating_sub(1);
+            }
+            count(&self.counters.limited);
             return None;
         }
         self.keys.insert(key, token);
@@ -147,18 +154,39 @@ impl Engine {
             self.keys.remove(&entry.key);
         }
         self.timers.remove(token);
-        match &entry.kind {
-            Kind::Asking(_) => {
-                self.asking = self.asking.saturating_sub(1);
-                // The socket may live on as a connection's, under another number.
-                let _ = self.poller.get_ref().0.delete(&entry.socket);
-            }
-            Kind::Tcp(connection) if connection.inbound => {
-                self.inbound = self.inbound.saturating_sub(1);
-            }
-            Kind::Tcp(_) | Kind::Flow(_) => {}
+        if let Some(number) = self.number_of(&entry.kind) {
+            *number = number.saturating_sub(1);
         }
+        if matches!(entry.kind, Kind::Asking(_)) {
+            // The socket may live on as a connection's, under another number.
+            let _ = self.poller.get_ref().0.delete(&entry.socket);
+        }
+        self.forget_starved();
         Some(entry)
+    }
+
+    /// How many there are of a kind that has a limit of its own.
+    fn number_of(&mut self, kind: &Kind) -> Option<&mut usize> {
+        match kind {
+            Kind::Asking(_) => Some(&mut self.asking),
+            Kind::Tcp(connection) => match connection.with {
+                With::World => None,
+                With::Names => Some(&mut self.name_streams),
+                With::Edge => Some(&mut self.inbound),
+            },
+            Kind::Flow(_) => None,
+        }
+    }
+
+    /// Those that have ended stay in the queue of those that wait for room, but not without end: a
+    /// guest that takes nothing may open and end as many as it likes.
+    fn forget_starved(&mut self) {
+        let most = self.keys.len().saturating_mul(2).saturating_add(64);
+        if self.starved.len() > most {
+            let entries = &mut self.entries;
+            let waits = |token: &Token| entries.get_mut(*token).is_some_and(|entry| entry.starved);
+            self.starved.retain(waits);
+        }
     }
 
     /// Notes that something has happened to an entry.

@@ -61,16 +61,29 @@ const BURST: usize = 16;
 /// A SYN that is held, and the connection that it asks for.
 pub(super) struct Asking {
     syn: Box<[u8]>,
+    /// The sequence number behind it.
+    end: u32,
     since: Instant,
     /// When nobody asks any more.
     until: Instant,
 }
 
+/// Whom the guest has a connection with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum With {
+    /// A server that it has dialled.
+    World,
+    /// The name server at the gateway's address.
+    Names,
+    /// The edge, which has dialled the guest.
+    Edge,
+}
+
 /// A connection between the guest and a socket.
 pub(super) struct Connection {
     guest: GuestSocket,
-    /// Made by the edge.
-    pub(super) inbound: bool,
+    /// Whom it is with.
+    pub(super) with: With,
     /// Who waits for the guest's answer, and what they get.
     waiting: Option<(
         oneshot::Sender<Result<GuestStream, ConnectError>>,
@@ -89,7 +102,7 @@ pub(super) struct Connection {
     /// to learn that its end is not the guest's.
     pub(super) orderly: bool,
     /// When it is given up.
-    limit: Option<Instant>,
+    pub(super) limit: Option<Instant>,
     /// The sequence number behind everything that the guest ever sent.
     reached: Option<u32>,
     /// What was last acknowledged to it.
@@ -100,10 +113,10 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    fn new(guest: GuestSocket, now: Instant) -> Self {
+    fn new(guest: GuestSocket, with: With, now: Instant) -> Self {
         Self {
             guest,
-            inbound: false,
+            with,
             waiting: None,
             was_reset: Arc::default(),
             last: State::Closed,
@@ -251,11 +264,17 @@ impl Engine {
             return Some(());
         };
         let now = self.now;
+        let sound = segment.opens && self.is_sound(packet);
         match &mut self.entries.get_mut(token)?.kind {
             Kind::Asking(asking) => {
                 if segment.resets {
                     self.remove(token);
                 } else if segment.opens {
+                    // Another sequence number is another attempt: the one of before is given up.
+                    if segment.end != asking.end && sound {
+                        asking.syn = packet.whole.into();
+                        asking.end = segment.end;
+                    }
                     // The guest asks at growing intervals: the next time is twice as far away.
                     let age = now.saturating_duration_since(asking.since);
                     let until = age.saturating_mul(2).saturating_add(PATIENCE);
@@ -287,20 +306,25 @@ impl Engine {
         }
     }
 
+    /// Whether a SYN may be held.
+    fn is_sound(&self, packet: &Packet<'_>) -> bool {
+        packet.whole.len() <= MAX_SYN
+            && (self.checksums == Checksums::Trusted
+                || TcpPacket::new_checked(packet.payload)
+                    .is_ok_and(|tcp| tcp.verify_checksum(&packet.from.into(), &packet.to.into())))
+    }
+
     /// A SYN of a connection that is not there.
     fn open(&mut self, packet: &Packet<'_>, segment: &Segment, key: Key) -> Option<()> {
-        if packet.whole.len() > MAX_SYN {
+        if !self.is_sound(packet) {
             return None;
         }
-        if self.checksums == Checksums::Real
-            && !TcpPacket::new_checked(packet.payload)
-                .ok()?
-                .verify_checksum(&packet.from.into(), &packet.to.into())
-        {
-            return None;
-        }
-        if Self::for_names(segment.peer) && self.question_streams < names::MAX_STREAMS {
-            if let Ok((ours, theirs)) = world::pair() {
+        if Self::for_names(segment.peer) {
+            // Those count that the guest has not closed, too, whose question is long over.
+            if self.name_streams.max(self.question_streams) >= names::MAX_STREAMS {
+                count(&self.counters.limited);
+                answer::reset(&mut self.link, segment);
+            } else if let Ok((ours, theirs)) = world::pair() {
                 self.question_streams = self.question_streams.saturating_add(1);
                 count(&self.counters.names);
                 self.questions.push(names::stream(&self.resolver, theirs));
@@ -323,21 +347,21 @@ impl Engine {
         };
         match world::tcp(segment.peer) {
             Ok((socket, Some(()))) => self.accept(key, socket, Some(permit), packet.whole),
-            Ok((socket, None)) => self.ask(key, socket, permit, packet.whole),
+            Ok((socket, None)) => self.ask(key, socket, permit, packet.whole, segment.end),
             Err(error) => self.refuse(packet, segment, error),
         }
         Some(())
     }
 
-    fn ask(&mut self, key: Key, socket: OwnedFd, permit: Permit, syn: &[u8]) {
+    fn ask(&mut self, key: Key, socket: OwnedFd, permit: Permit, syn: &[u8], end: u32) {
         let until = self.now.checked_add(PATIENCE).unwrap_or(self.now);
         let asking = Kind::Asking(Asking {
             syn: syn.into(),
+            end,
             since: self.now,
             until,
         });
         if let Some(token) = self.insert(key, socket, asking, Some(permit)) {
-            self.asking = self.asking.saturating_add(1);
             self.timers.set(token, until);
         }
     }
@@ -431,10 +455,13 @@ impl Engine {
             .as_ref()
             .and_then(packet::segment)
             .map_or(0, |segment| segment.end);
-        let connection = Box::new(Connection::new(guest, self.now));
-        if permit.is_some() {
+        let with = if permit.is_some() {
             count(&self.counters.connections);
-        }
+            With::World
+        } else {
+            With::Names
+        };
+        let connection = Box::new(Connection::new(guest, with, self.now));
         if let Some(token) = self.insert(key, socket, Kind::Tcp(connection), permit) {
             self.feed(token, syn, end);
         }
@@ -455,13 +482,11 @@ impl Engine {
             let _ = reply.send(Err(ConnectError::TooMany));
             return;
         };
-        let mut connection = Connection::new(guest, self.now);
-        connection.inbound = true;
+        let mut connection = Connection::new(guest, With::Edge, self.now);
         connection.was_reset = stream.1;
         connection.waiting = Some((reply, stream.0));
         connection.limit = self.now.checked_add(CONNECT);
         if let Some(token) = self.insert(key, ours, Kind::Tcp(Box::new(connection)), None) {
-            self.inbound = self.inbound.saturating_add(1);
             self.soil(token);
         }
     }
@@ -538,6 +563,8 @@ impl Engine {
         // what is still to be taken to the world.
         let silent = connection.last == State::TimeWait && connection.limit.is_some();
         let mut wants = None;
+        // The burst was over before everything was said.
+        let mut more = false;
         self.link.refused = false;
         if !silent || connection_limit {
             self.link.last_ack = None;
@@ -547,7 +574,8 @@ impl Engine {
                     &mut self.link.device(None),
                     connection.guest.set(),
                 );
-                if result == PollResult::None || self.link.refused {
+                more = result != PollResult::None && !self.link.refused;
+                if !more {
                     break;
                 }
             }
@@ -559,7 +587,9 @@ impl Engine {
         let state = tcp.state();
         let pending = tcp.can_recv();
         let settled = tcp.remote_endpoint().is_none();
-        if state == State::Closed && settled {
+        // A guest that takes nothing is not waited for to take the reset: it gets one for whatever
+        // it says next.
+        if state == State::Closed && (settled || connection_limit) {
             if let Some((reply, _)) = connection.waiting.take() {
                 let error = if connection_limit {
                     ConnectError::TimedOut
@@ -596,16 +626,17 @@ impl Engine {
             connection.last = state;
         }
         let mut deadline = connection.limit;
+        if refused {
+            // What smoltcp wants done by then is to send, and there is no room: not before there is.
+            return Next::Starved(deadline);
+        }
         let trim = connection.trim(now);
         let wanted = wants.map(|when| self.deadline_of(when));
         for other in [trim, wanted].into_iter().flatten() {
             deadline = Some(deadline.map_or(other, |first| first.min(other)));
         }
-        if refused {
-            return Next::Starved(deadline);
-        }
         // More than a burst is there: others first, then at once again.
-        if wants.is_some_and(|when| when <= smoltcp_now) {
+        if more && wants.is_some_and(|when| when <= smoltcp_now) {
             self.soil(token);
         }
         Next::Wait(deadline)
