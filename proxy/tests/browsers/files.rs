@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::house::{House, world};
-use crate::programs::script;
 
 const MIB: usize = 1 << 20;
 
@@ -164,7 +163,7 @@ fn thousands_of_requests_on_many_connections_are_all_answered_well() {
 #[test]
 fn an_event_arrives_before_the_next_is_sent() {
     world(|house| async move {
-        let command = house.inside(&["node", &script("events.mjs")]);
+        let command = house.inside(&house.node(&["events.mjs"]).words());
         let _server = house.serve(3000, command, "events").await;
         for version in ["--http2", "--http1.1"] {
             let mut curl = house.curl_command(&["-N", version, &House::url("/events")]);

@@ -118,6 +118,19 @@ impl House {
         programs::command(None, self.dir(), words)
     }
 
+    /// The words for a script of this test, which lies beside the packages that it imports.
+    pub(crate) fn node(&self, words: &[&str]) -> Node {
+        let modules = self.dir().join("node_modules");
+        if !modules.exists() {
+            std::os::unix::fs::symlink(programs::node_modules(), modules).unwrap();
+        }
+        let script = self.dir().join(words[0]);
+        std::fs::copy(programs::script(words[0]), &script).unwrap();
+        let mut all = vec!["node".to_owned(), script.to_str().unwrap().to_owned()];
+        all.extend(words[1..].iter().map(|word| (*word).to_owned()));
+        Node(all)
+    }
+
     /// Starts a server in the VM and waits until it listens on a port.
     pub(crate) async fn serve(&self, port: u16, command: Command, name: &str) -> Program {
         let output = self.dir().join(format!("{name}.log"));
@@ -157,6 +170,15 @@ impl House {
     pub(crate) async fn curl(&self, words: &[&str]) -> String {
         let output = programs::run(self.curl_command(words)).await;
         String::from_utf8(output).unwrap()
+    }
+}
+
+/// See [`House::node`].
+pub(crate) struct Node(Vec<String>);
+
+impl Node {
+    pub(crate) fn words(&self) -> Vec<&str> {
+        self.0.iter().map(String::as_str).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 //! behind (Python, nginx, Node, Vite), and between them the proxy as it is shipped: TLS, edge, the
 //! glue to control, and the VM's stack with its frame channel. Only the VM is a network namespace.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
@@ -10,7 +10,9 @@ mod common;
 #[path = "../net/mod.rs"]
 mod net;
 
+mod browser;
 mod files;
 mod house;
 mod offload;
 mod programs;
+mod websocket;
