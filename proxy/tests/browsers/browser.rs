@@ -8,7 +8,7 @@ use crate::programs;
 
 /// A page in Chromium.
 pub(crate) struct Browser {
-    titles: Lines<BufReader<ChildStdout>>,
+    lines: Lines<BufReader<ChildStdout>>,
     _child: Child,
 }
 
@@ -21,31 +21,39 @@ impl Browser {
         let errors = std::fs::File::create(house.dir().join("browser.log")).unwrap();
         command.stdout(std::process::Stdio::piped()).stderr(errors);
         let mut child = command.spawn().unwrap();
-        let titles = BufReader::new(child.stdout.take().unwrap()).lines();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut browser = Self {
-            titles,
+            lines,
             _child: child,
         };
         browser.sees(house, "open").await;
         browser
     }
 
-    /// Waits until the page has a title.
+    /// Waits until the page has had a title.
     pub(crate) async fn sees(&mut self, house: &House, title: &str) {
+        self.sees_all(house, &[title]).await;
+    }
+
+    /// Waits until the page has had all of these titles or has said them, in any order.
+    pub(crate) async fn sees_all(&mut self, house: &House, wanted: &[&str]) {
+        let mut missing = wanted.to_vec();
         let mut before = Vec::new();
         let found = tokio::time::timeout(programs::PATIENCE, async {
-            while let Some(line) = self.titles.next_line().await.unwrap() {
-                if line == title {
-                    return true;
-                }
+            while !missing.is_empty()
+                && let Some(line) = self.lines.next_line().await.unwrap()
+            {
+                missing.retain(|wanted| *wanted != line);
                 before.push(line);
             }
-            false
         });
-        let found = found.await == Ok(true);
+        let _ = found.await;
         let log = std::fs::read(house.dir().join("browser.log")).unwrap();
         let log = String::from_utf8_lossy(&log);
-        assert!(found, "no title `{title}` but {before:?}\n{log}");
+        assert!(
+            missing.is_empty(),
+            "no title {missing:?} but {before:?}\n{log}"
+        );
     }
 }
 

@@ -2,7 +2,7 @@
 //! namespace in which the edge has its usual ports, the VM is another.
 
 use std::future::Future;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,8 +12,10 @@ use data_encoding::BASE64;
 use protocol::host::proxy::{AttachVm, Serve, ServeEdge, ServeGateway};
 use protocol::network::{Egress, Publication};
 use tokio::process::Command;
+use tokio::task::JoinHandle;
 
-use crate::common::{Control, Proxy};
+use crate::agent;
+use crate::common::Proxy;
 use crate::net::{Guest, world_on};
 use crate::offload;
 use crate::programs::{self, Program};
@@ -37,10 +39,17 @@ pub(crate) struct House {
     dir: tempfile::TempDir,
     /// The key of the edge's certificate, as Chromium wants to be told of it.
     pub(crate) key: String,
-    guest: Guest,
+    // Before what it uses.
+    control: JoinHandle<()>,
+    guest: Arc<Guest>,
     place: Arc<OwnedFd>,
-    _control: Control,
     _proxy: Proxy,
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        self.control.abort();
+    }
 }
 
 impl House {
@@ -48,6 +57,8 @@ impl House {
         let dir = tempfile::tempdir().unwrap();
         let certificate = certificate();
         std::fs::write(dir.path().join("root.pem"), certificate.root).unwrap();
+        let modules = dir.path().join("node_modules");
+        std::os::unix::fs::symlink(programs::node_modules(), modules).unwrap();
         let proxy = Proxy::start();
         let control = proxy.control();
         let serving = control
@@ -78,12 +89,14 @@ impl House {
         };
         control.send(&attach, &[channel.as_fd()]).await;
         let place = Arc::new(guest.namespace().try_clone().unwrap());
+        let guest = Arc::new(guest);
+        let control = tokio::spawn(agent::serve(control, Arc::clone(&guest)));
         Self {
             dir,
             key: certificate.spki,
+            control,
             guest,
             place,
-            _control: control,
             _proxy: proxy,
         }
     }
@@ -120,10 +133,6 @@ impl House {
 
     /// The words for a script of this test, which lies beside the packages that it imports.
     pub(crate) fn node(&self, words: &[&str]) -> Node {
-        let modules = self.dir().join("node_modules");
-        if !modules.exists() {
-            std::os::unix::fs::symlink(programs::node_modules(), modules).unwrap();
-        }
         let script = self.dir().join(words[0]);
         std::fs::copy(programs::script(words[0]), &script).unwrap();
         let mut all = vec!["node".to_owned(), script.to_str().unwrap().to_owned()];
@@ -136,11 +145,14 @@ impl House {
         let output = self.dir().join(format!("{name}.log"));
         let program = Program::start(command, name, output);
         let listens = move || {
-            let address = SocketAddr::from((Ipv4Addr::new(10, 213, 0, 2), port));
+            // On any address, or on one of loopback's alone.
+            let addresses = ["10.213.0.2", "127.0.0.1", "::1"];
             let begun = Instant::now();
             while begun.elapsed() < programs::PATIENCE {
-                if TcpStream::connect(address).is_ok() {
-                    return true;
+                for address in addresses {
+                    if TcpStream::connect((address, port)).is_ok() {
+                        return true;
+                    }
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }

@@ -10,9 +10,11 @@ mod common;
 #[path = "../net/mod.rs"]
 mod net;
 
+mod agent;
 mod browser;
 mod files;
 mod house;
 mod offload;
 mod programs;
+mod vite;
 mod websocket;

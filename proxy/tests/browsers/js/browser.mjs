@@ -1,6 +1,6 @@
 // Drives Chromium by its debugging pipe: node browser.mjs CHROMIUM KEY URL, KEY being the edge's. It
-// opens the page, says "open" and then each title that the page gives itself, one a line, until it is
-// ended. What the page writes to its console goes to standard error.
+// opens the page, says "open" and then each title that the page gives itself and what it writes to its
+// console, one a line, until it is ended.
 import { spawn } from 'node:child_process'
 
 const [program, key, url] = process.argv.slice(2)
@@ -42,8 +42,9 @@ function arrived(message) {
   if (call && error) call.reject(new Error(`${call.method}: ${error.message}`))
   else if (call) call.resolve(result)
   else if (method === 'Runtime.bindingCalled') console.log(params.payload)
-  else if (method === 'Runtime.consoleAPICalled' || method === 'Runtime.exceptionThrown')
-    console.error(JSON.stringify(params.args ?? params.exceptionDetails))
+  else if (method === 'Runtime.consoleAPICalled')
+    console.log(params.args.map((argument) => argument.value).join(' '))
+  else if (method === 'Runtime.exceptionThrown') console.error(JSON.stringify(params.exceptionDetails))
 }
 
 let rest = ''
