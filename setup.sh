@@ -19,9 +19,14 @@ packages=(
     mmdebstrap debian-archive-keyring uidmap e2fsprogs xfsprogs squashfs-tools
     # downloads and tests
     ca-certificates curl iproute2 openssl pebble python3
+    # visitors of the edge
+    chromium nghttp2-client
     # disks of the emulated server (the emulator itself is an artifact of image-builder)
     qemu-utils
 )
+# Node may have come from elsewhere; then Debian's packages would not go with it.
+if ! command -v node >/dev/null; then packages+=(nodejs); fi
+if ! command -v npm >/dev/null; then packages+=(npm); fi
 # What `make bench` measures the gateway with and beside.
 if [ "${1:-}" = bench ]; then packages+=(iperf3 slirp4netns passt); fi
 
@@ -124,3 +129,40 @@ tool() {
 }
 tool cargo-deny "$cargo_deny_version"
 tool cargo-fuzz "$cargo_fuzz_version"
+
+# The tests need the program alone: Debian's package, installed, would start a server at every boot.
+nginx() {
+    local home=$cache/nginx staging
+    if [ -x "$home/nginx" ]; then return; fi
+    say "fetching nginx into $home"
+    mkdir -p "$cache"
+    staging=$(mktemp -d "$cache/.nginx.XXXXXX")
+    # shellcheck disable=SC2064 # the directory as it is now
+    trap "rm -rf '$staging'" EXIT
+    (cd "$staging" && apt-get -qq download nginx 2>/dev/null) ||
+        (as_root apt-get -qq update && cd "$staging" && apt-get -qq download nginx)
+    dpkg-deb -x "$staging"/nginx_*.deb "$staging/x"
+    mkdir -p "$home"
+    mv "$staging/x/usr/sbin/nginx" "$home/nginx"
+    rm -rf "$staging"
+}
+nginx
+
+# Node packages that stand for a visitor's or a VM's, kept by the sum of their lock file.
+node_packages() {
+    local from home staging
+    from=$(dirname "$0")/proxy/tests/browsers/npm
+    home=$cache/node-$(sha256sum <"$from/package-lock.json" | cut -c 1-16)
+    if [ -d "$home/node_modules" ]; then return; fi
+    say "fetching Node packages into $home"
+    mkdir -p "$cache"
+    staging=$(mktemp -d "$cache/.node.XXXXXX")
+    # shellcheck disable=SC2064 # the directory as it is now
+    trap "rm -rf '$staging'" EXIT
+    cp "$from"/package*.json "$staging"
+    (cd "$staging" && npm ci --silent --ignore-scripts --no-audit --no-fund)
+    chmod 755 "$staging"
+    # Another run may have finished first; its result is as good as ours.
+    mv -T "$staging" "$home" 2>/dev/null || [ -d "$home/node_modules" ]
+}
+node_packages

@@ -45,8 +45,9 @@ const TURN: usize = 64;
 /// Events that are taken from the kernel at once.
 const EVENTS: usize = 256;
 
-/// Connections from the edge to one VM.
-pub(super) const MAX_INBOUND: usize = 1024;
+/// Connections from the edge to one VM: twice the requests that it may have at the same time, because
+/// a connection that has ended counts until the guest has acknowledged its end.
+pub(super) const MAX_INBOUND: usize = 2048;
 
 /// The channel's number among the events.
 const CHANNEL: u64 = u64::MAX;

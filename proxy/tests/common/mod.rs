@@ -87,6 +87,11 @@ impl Control {
         received.unwrap().expect("proxy closed")
     }
 
+    /// The next packet, however long it takes; none when proxy has closed.
+    pub(crate) async fn next(&self) -> Option<Packet> {
+        self.0.receive().await.unwrap()
+    }
+
     pub(crate) async fn send<M: Message>(
         &self,
         message: &M,

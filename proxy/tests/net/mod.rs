@@ -49,19 +49,25 @@ fn run(line: &str) {
 
 /// Runs a test in a namespace of its own that is the world.
 pub fn world<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let thread = std::thread::spawn(|| {
+    world_on(tokio::runtime::Builder::new_current_thread(), LIMIT, test);
+}
+
+/// The same on another runtime, whose threads are in the namespace as well, or with more time.
+pub fn world_on<F: Future<Output = ()>>(
+    mut runtime: tokio::runtime::Builder,
+    limit: Duration,
+    test: impl FnOnce() -> F + Send + 'static,
+) {
+    let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("tests of the gateway need root");
         run("ip link set lo up");
         run(&format!("ip address add {WORLD_V4}/32 dev lo"));
         run(&format!("ip address add {WORLD_V6}/128 dev lo nodad"));
         // Of this namespace alone.
         std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0").unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = runtime.enable_all().build().unwrap();
         runtime.block_on(async {
-            tokio::time::timeout(LIMIT, test())
+            tokio::time::timeout(limit, test())
                 .await
                 .expect("the test takes too long")
         });
@@ -94,11 +100,22 @@ pub struct Guest {
 impl Guest {
     /// The guest, and the other end of its frame channel.
     pub fn new(impairment: Impairment) -> (Self, OwnedFd) {
+        Self::with_relay(0, move |tap, channel, stop| {
+            relay(tap, channel, stop, impairment);
+        })
+    }
+
+    /// The same with a relay of the test's own, which ends when it hears something from its last
+    /// argument or when the channel ends, and with more flags for the TAP device.
+    pub fn with_relay(
+        flags: i32,
+        relay: impl FnOnce(File, UnixStream, UnixStream) + Send + 'static,
+    ) -> (Self, OwnedFd) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (stop, stopped) = UnixStream::pair().unwrap();
-        let (namespace, tap) = std::thread::spawn(|| {
+        let (namespace, tap) = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            let tap = tap();
+            let tap = tap(flags);
             for line in [
                 "ip link set lo up",
                 "ip link set tap0 address 02:73:75:70:00:02 mtu 65520 up",
@@ -116,7 +133,7 @@ impl Guest {
         .join()
         .unwrap();
         let channel = ours.try_clone().unwrap();
-        let relay = std::thread::spawn(move || relay(tap, ours, stopped, impairment));
+        let relay = std::thread::spawn(move || relay(tap, ours, stopped));
         let guest = Self {
             namespace,
             relay: Some(relay),
@@ -211,7 +228,7 @@ pub fn link_with(impairment: Impairment, egress: Egress) -> Link {
     }
 }
 
-fn tap() -> File {
+fn tap(flags: i32) -> File {
     let tap = OpenOptions::new()
         .read(true)
         .write(true)
@@ -223,7 +240,7 @@ fn tap() -> File {
     for (to, from) in request.ifr_name.iter_mut().zip(b"tap0") {
         *to = *from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | flags) as libc::c_short;
     // SAFETY: the descriptor is a tun device's, the request lives as long as the call.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &mut request) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
