@@ -48,6 +48,7 @@ impl Edge {
             http_address: text(self.http),
             domain: domain.to_owned(),
             public_port,
+            ..ServeEdge::default()
         }
     }
 }

@@ -175,6 +175,17 @@ mod tests {
                 http_address: "[::]:80".into(),
                 domain: "d".into(),
                 public_port: 443,
+                authority: vec![5],
+                named: vec![NamedCertificate {
+                    name: "d".into(),
+                    certificates: vec![vec![6], vec![7]],
+                    key: vec![8],
+                }],
+                custom: vec![CustomDomain {
+                    name: "c".into(),
+                    subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+                    port: 80,
+                }],
             },
             gateway: ServeGateway {
                 name_servers: vec!["[::1]:53".into()],
@@ -184,7 +195,7 @@ mod tests {
         };
         golden(
             &serve,
-            "H\\x00\\x00\\x00\\x00\\x83\\x00\\t[::]:7443\\x02\\x02\\x01\\x02\\x01\\x03\\x01\\x04\\x80\\x02\\x80\\x08\\x08[::]:443\\x07[::]:80\\x01d\\xbb\\x03\\x01\\x08[::1]:53\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02",
+            "m\\x00\\x00\\x00\\x00\\x83\\x00\\t[::]:7443\\x02\\x02\\x01\\x02\\x01\\x03\\x01\\x04\\x80\\x02\\x80\\x08\\x08[::]:443\\x07[::]:80\\x01d\\xbb\\x03\\x01\\x05\\x01\\x01d\\x02\\x01\\x06\\x01\\x07\\x01\\x08\\x01\\x01c\\x14abcdefghijklmnopqrstP\\x01\\x08[::1]:53\\x01\\x01\\n10.0.0.0/8\\x01P\\xbb\\x03\\xac\\x02",
         );
         let serving = Serving {
             api_address: "[::]:7443".into(),

@@ -86,7 +86,7 @@ pub struct Serve {
     pub gateway: ServeGateway,
 }
 
-/// What the edge serves. It shows the same certificate as the API.
+/// What the edge serves. It shows the same certificate as the API, where there is no other for a name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServeEdge {
     /// Address and port of the VMs' public addresses over TLS; empty for none.
@@ -97,6 +97,35 @@ pub struct ServeEdge {
     pub domain: String,
     /// The port in redirects, where it is not 443.
     pub public_port: u16,
+    /// The certificate of the built-in authority in DER, to be downloaded; empty when nothing that
+    /// is shown comes from it.
+    pub authority: Vec<u8>,
+    /// Certificates of single names.
+    pub named: Vec<NamedCertificate>,
+    /// Names beside the domain that lead to VMs.
+    pub custom: Vec<CustomDomain>,
+}
+
+/// A name of the operator's own that leads to a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CustomDomain {
+    /// The name, in lower case.
+    pub name: String,
+    /// The label of the VM's public address.
+    pub subdomain: Subdomain,
+    /// The port in the VM.
+    pub port: u16,
+}
+
+/// What is shown to who asks for one name, and to nobody else.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedCertificate {
+    /// The name.
+    pub name: String,
+    /// The chain, leaf first, each in DER.
+    pub certificates: Vec<Vec<u8>>,
+    /// The leaf's private key, PKCS #8 in DER.
+    pub key: Vec<u8>,
 }
 
 /// What VMs reach the world by.
@@ -287,9 +316,11 @@ pub struct FramesLost {
     pub generation: u64,
 }
 
-/// Asks for a certificate at an authority that speaks ACME, proved by DNS-01: TXT records are set
-/// by dynamic updates (RFC 2136) signed with TSIG, HMAC-SHA256, and removed at the end. Control
-/// keeps all keys but the account's and the update's on disk; proxy forgets these with the order.
+/// Asks for a certificate at an authority that speaks ACME. The names are proved by DNS-01: TXT
+/// records are set by dynamic updates (RFC 2136) signed with TSIG, HMAC-SHA256, and removed at the
+/// end. Where there is no name server for that, they are proved by TLS-ALPN-01 (RFC 8737), which the
+/// edge answers. Authorities publish names, so one of a VM is refused. Control keeps the keys on
+/// disk; proxy forgets these with the order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OrderCertificate {
     /// Chosen by control, given back in the answer.
@@ -305,7 +336,7 @@ pub struct OrderCertificate {
     pub names: Vec<String>,
     /// The certificate request for these names (PKCS #10) in DER.
     pub request: Vec<u8>,
-    /// Address and port of the name server that takes updates.
+    /// Address and port of the name server that takes updates; empty for TLS-ALPN-01.
     pub update_server: String,
     /// The zone that is updated.
     pub zone: String,

@@ -11,7 +11,15 @@ use ring::hmac;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UdpSocket};
 
+use protocol::host::proxy::ServeEdge;
+use protocol::id::Subdomain;
+use protocol::network::Publication;
+
 use super::*;
+use crate::api::tls::edge_config;
+use crate::edge::Edge;
+use crate::edge::guests::{ConnectError, Guest, Guests, Refusal};
+use crate::edge::limits::Limits;
 
 const SECRET: &[u8] = b"0123456789abcdef0123456789abcdef";
 
@@ -67,6 +75,10 @@ fn answered(records: &Records, query: &Message) -> Vec<u8> {
             let data = RData::TXT(hickory_proto::rr::rdata::TXT::new(vec![value.clone()]));
             message.add_answer(Record::from_rdata(asked.name().clone(), 1, data));
         }
+    }
+    if asked.query_type() == RecordType::A {
+        let data = RData::A(std::net::Ipv4Addr::LOCALHOST.into());
+        message.add_answer(Record::from_rdata(asked.name().clone(), 1, data));
     }
     message.add_query(asked);
     message.to_vec().unwrap()
@@ -201,7 +213,12 @@ impl Drop for Pebble {
 }
 
 /// Debian's pebble with the name server above. Gives its directory and its root certificate.
-async fn pebble(name_server: SocketAddr, directory: &std::path::Path) -> (Pebble, String, Vec<u8>) {
+/// It looks for proofs in TLS at `tls_port`.
+async fn pebble(
+    name_server: SocketAddr,
+    directory: &std::path::Path,
+    tls_port: u16,
+) -> (Pebble, String, Vec<u8>) {
     let issuer = CertifiedIssuer::self_signed(
         {
             let mut parameters = CertificateParams::default();
@@ -233,7 +250,7 @@ async fn pebble(name_server: SocketAddr, directory: &std::path::Path) -> (Pebble
         "certificate": path("cert.pem"),
         "privateKey": path("key.pem"),
         "httpPort": 5002,
-        "tlsPort": 5001,
+        "tlsPort": tls_port,
     }});
     std::fs::write(path("config.json"), config.to_string()).unwrap();
     let child = Command::new("pebble")
@@ -245,13 +262,14 @@ async fn pebble(name_server: SocketAddr, directory: &std::path::Path) -> (Pebble
         ])
         .args(["-strict"])
         .env("PEBBLE_VA_NOSLEEP", "1")
+        .env("PEBBLE_AUTHZREUSE", "0")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("pebble is not installed: apt-get install pebble");
     let pebble = Pebble(child);
     while tokio::net::TcpStream::connect(listen).await.is_err() {
-        sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     (
         pebble,
@@ -293,12 +311,20 @@ async fn pebble_gives_a_certificate_for_the_domain_and_all_names_below_it() {
     use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
     let (server, records) = name_server().await;
     let directory = tempfile::tempdir().unwrap();
-    let (_pebble, url, root) = pebble(server, directory.path()).await;
+    let (_pebble, url, root) = pebble(server, directory.path(), 5001).await;
+    let here = Here {
+        challenges: Arc::default(),
+        domain: "vms.example.org".into(),
+    };
+    // An order that was cut has left this.
+    let left = ["left".to_owned()];
+    let at = "_acme-challenge.vms.example.org";
+    zone(server, SECRET).set_txt(at, &left).await.unwrap();
     let key = KeyPair::generate().unwrap();
     let wanted = an_order(url, root, server, &key);
     // The second time with the account of the first.
     for _ in 0..2 {
-        let chain = order(&wanted).await.unwrap();
+        let chain = order(&wanted, &here).await.unwrap();
         let leaf = CertificateDer::from_pem_slice(chain.as_bytes()).unwrap();
         assert!(CertificateDer::pem_slice_iter(chain.as_bytes()).count() > 1);
         let parsed = rustls::server::ParsedCertificate::try_from(&leaf).unwrap();
@@ -315,12 +341,212 @@ async fn pebble_gives_a_certificate_for_the_domain_and_all_names_below_it() {
     let mut unseen = wanted.clone();
     unseen.update_server = elsewhere.to_string();
     unseen.names = vec!["other.example.org".into()];
-    let error = order(&unseen).await.unwrap_err();
-    assert!(matches!(error, AcmeError::NotAccepted(_)), "{error}");
+    let error = order(&unseen, &here).await.unwrap_err();
+    assert!(matches!(error, AcmeError::NotAccepted { .. }), "{error}");
     assert!(hidden.lock().unwrap().0.is_empty());
     // An authority that is not the one it says it is.
     let mut strange = wanted;
     strange.roots = vec![];
-    let error = order(&strange).await.unwrap_err();
+    let error = order(&strange, &here).await.unwrap_err();
     assert!(matches!(error, AcmeError::Authority(_)), "{error}");
+}
+
+/// There are no VMs.
+struct Nobody;
+
+impl Guests for Nobody {
+    type Stream = tokio::io::DuplexStream;
+
+    async fn publication(&self, _: &Subdomain) -> Result<Publication, Refusal> {
+        Err(Refusal::Unknown)
+    }
+
+    async fn find(&self, _: &Subdomain) -> Result<Guest, Refusal> {
+        Err(Refusal::Unknown)
+    }
+
+    async fn connect(&self, _: &Guest, _: u16) -> Result<Self::Stream, ConnectError> {
+        Err(ConnectError::Gone)
+    }
+
+    async fn ended(&self, _: &Guest) {}
+}
+
+/// An edge for `vms.example.org` and where it listens.
+async fn edge() -> (Edge<Nobody>, SocketAddr) {
+    let edge = Edge::new(Arc::new(Nobody), Limits::default());
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(vec!["vms.example.org".to_owned()])
+        .unwrap()
+        .self_signed(&key)
+        .unwrap();
+    let config = edge_config(&[certificate.der().to_vec()], &key.serialize_der(), &[]);
+    edge.set_tls(config.unwrap());
+    let applied = edge
+        .apply(&ServeEdge {
+            https_address: "127.0.0.1:0".into(),
+            domain: "vms.example.org".into(),
+            ..ServeEdge::default()
+        })
+        .await;
+    assert_eq!(applied.message, "");
+    let address = applied.https_address.parse().unwrap();
+    (edge, address)
+}
+
+#[tokio::test]
+async fn pebble_gives_a_certificate_for_a_single_name_proved_by_the_edge() {
+    use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
+    let (edge, listens) = edge().await;
+    let (server, records) = name_server().await;
+    let directory = tempfile::tempdir().unwrap();
+    let (_pebble, url, root) = pebble(server, directory.path(), listens.port()).await;
+    let here = Here {
+        challenges: edge.challenges(),
+        domain: edge.domain(),
+    };
+    let key = KeyPair::generate().unwrap();
+    let an_order_for = |name: &str| {
+        let request = CertificateParams::new(vec![name.to_owned()])
+            .unwrap()
+            .serialize_request(&key)
+            .unwrap();
+        OrderCertificate {
+            names: vec![name.to_owned()],
+            request: request.der().to_vec(),
+            update_server: String::new(),
+            ..an_order(url.clone(), root.clone(), server, &key)
+        }
+    };
+    for name in ["vms.example.org", "app.example.com"] {
+        let chain = order(&an_order_for(name), &here).await.unwrap();
+        let leaf = CertificateDer::from_pem_slice(chain.as_bytes()).unwrap();
+        let parsed = rustls::server::ParsedCertificate::try_from(&leaf).unwrap();
+        let named = ServerName::try_from(name).unwrap();
+        rustls::client::verify_server_name(&parsed, &named).unwrap();
+    }
+    assert_eq!(
+        records.lock().unwrap().1,
+        0,
+        "DNS has nothing to do with it"
+    );
+    // A VM's name is its secret; the wildcard cannot be proved this way.
+    let secret = "abcdefghijklmnopqrst.VMS.example.org";
+    let error = order(&an_order_for(secret), &here).await.unwrap_err();
+    assert!(matches!(error, AcmeError::Secret(_)), "{error}");
+    let error = order(&an_order_for("*.vms.example.org"), &here).await;
+    assert!(matches!(error, Err(AcmeError::Wildcard(_))), "{error:?}");
+    // Nothing is proved any more.
+    let error = look(listens, "vms.example.org", &["acme-tls/1"]).await;
+    assert!(error.is_err(), "{error:?}");
+}
+
+/// The protocol that was chosen and the leaf that was shown.
+async fn look(
+    to: SocketAddr,
+    name: &str,
+    offered: &[&str],
+) -> std::io::Result<(Option<Vec<u8>>, Vec<u8>)> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anything))
+        .with_no_client_auth();
+    config.alpn_protocols = offered
+        .iter()
+        .map(|name| name.as_bytes().to_vec())
+        .collect();
+    let socket = tokio::net::TcpStream::connect(to).await?;
+    let name = rustls::pki_types::ServerName::try_from(name.to_owned()).unwrap();
+    let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
+        .connect(name, socket)
+        .await?;
+    let session = stream.get_ref().1;
+    let leaf = session.peer_certificates().unwrap()[0].to_vec();
+    Ok((session.alpn_protocol().map(<[u8]>::to_vec), leaf))
+}
+
+/// Takes every certificate: what it is, the test looks at.
+#[derive(Debug)]
+struct Anything;
+
+impl rustls::client::danger::ServerCertVerifier for Anything {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        rustls::crypto::ring::default_provider()
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+#[tokio::test]
+async fn a_proof_is_shown_to_who_asks_for_it_and_for_nothing_else() {
+    let (edge, listens) = edge().await;
+    let domain = "vms.example.org";
+    let (_, ordinary) = look(listens, domain, &["h2"]).await.unwrap();
+    let challenges = edge.challenges();
+    let proving = challenges.prove(domain, tls::config(domain, &[7; 32]).unwrap());
+    let (chosen, proof) = look(listens, "VMS.example.org", &["acme-tls/1"])
+        .await
+        .unwrap();
+    assert_eq!(chosen.as_deref(), Some(&b"acme-tls/1"[..]));
+    assert_ne!(proof, ordinary);
+    // The digest is in it, as RFC 8737 section 3 has it.
+    let identifier = [&[4, 34, 4, 32][..], &[7; 32]].concat();
+    assert!(
+        proof
+            .windows(identifier.len())
+            .any(|bytes| bytes == identifier)
+    );
+    for offered in [
+        &["h2"][..],
+        &["acme-tls/1", "h2"],
+        &["h2", "acme-tls/1"],
+        &[],
+    ] {
+        let (chosen, shown) = look(listens, domain, offered).await.unwrap();
+        assert_eq!(shown, ordinary, "{offered:?}");
+        assert_ne!(chosen.as_deref(), Some(&b"acme-tls/1"[..]));
+    }
+    assert!(
+        look(listens, "other.example.org", &["acme-tls/1"])
+            .await
+            .is_err()
+    );
+    // A newer order for the same name outlives the older one.
+    let newer = challenges.prove(domain, tls::config(domain, &[8; 32]).unwrap());
+    drop(proving);
+    assert!(look(listens, domain, &["acme-tls/1"]).await.is_ok());
+    drop(newer);
+    assert!(look(listens, domain, &["acme-tls/1"]).await.is_err());
 }

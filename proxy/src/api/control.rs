@@ -15,8 +15,8 @@ use super::Shared;
 use super::desk::Outgoing;
 use super::listen::{Listening, log_accept};
 use super::quiet::Quiet;
-use super::tls::server_config;
-use crate::acme;
+use super::tls::edge_config;
+use crate::acme::{self, Here};
 use crate::channel::{Channel, ChannelListener};
 use crate::online::connect_to_world;
 
@@ -117,7 +117,11 @@ async fn receive(
                 orders.abort_all();
                 while orders.try_join_next().is_some() {}
                 let channel = Arc::clone(channel);
-                orders.spawn(async move { channel.send(&ordered(order).await, &[]).await });
+                let here = Here {
+                    challenges: shared.edge.challenges(),
+                    domain: shared.edge.domain(),
+                };
+                orders.spawn(async move { channel.send(&ordered(order, here).await, &[]).await });
             }
             // A newer control may say more than this proxy knows.
             kind => tracing::warn!(%kind, "message from control ignored"),
@@ -131,7 +135,7 @@ async fn apply(serve: Serve, listening: &mut Listening, shared: &Arc<Shared>) ->
     let mut serving = listening.apply(&serve, shared).await;
     let mut complaints = vec![std::mem::take(&mut serving.message)];
     if !serve.edge.https_address.is_empty() {
-        match server_config(&serve.certificates, &serve.key) {
+        match edge_config(&serve.certificates, &serve.key, &serve.edge.named) {
             Ok(config) => shared.edge.set_tls(config),
             Err(error) => complaints.push(format!("the edge's certificate: {error}")),
         }
@@ -177,10 +181,10 @@ async fn speak(channel: &Channel, mut said: mpsc::Receiver<Said>) -> Result<(), 
 }
 
 /// Carries out an order; a panic in it is its failure.
-async fn ordered(order: OrderCertificate) -> CertificateOrdered {
+async fn ordered(order: OrderCertificate, here: Here) -> CertificateOrdered {
     let ticket = order.ticket;
     let mut task = tokio::task::JoinSet::new();
-    task.spawn(async move { acme::order(&order).await });
+    task.spawn(async move { acme::order(&order, &here).await });
     let (chain, message) = match task.join_next().await {
         Some(Ok(Ok(chain))) => (chain, String::new()),
         Some(Ok(Err(error))) => (String::new(), error.to_string()),

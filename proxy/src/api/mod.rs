@@ -12,7 +12,7 @@ mod relay;
 mod session;
 pub(crate) mod strangers;
 mod stream;
-mod tls;
+pub(crate) mod tls;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};

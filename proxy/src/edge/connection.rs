@@ -43,7 +43,7 @@ pub(crate) async fn serve<G: Guests>(
     let http2 = match session.alpn_protocol() {
         Some(b"h2") => true,
         Some(b"http/1.1") | None => false,
-        // The handshake was all that was wanted (`acme-tls/1`).
+        // The edge offers nothing else.
         Some(_) => return,
     };
     let signals = (!http2).then(|| Arc::new(Signals::default()));

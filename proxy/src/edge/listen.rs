@@ -4,9 +4,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use rustls::server::Acceptor;
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 
 use super::guests::Guests;
 use super::places::Place;
@@ -126,9 +128,19 @@ async fn handshake<G: Guests>(
     // Neither can fail on a fresh TCP socket, and neither is worth refusing a visitor for.
     let _ = socket.set_nodelay(true);
     let _ = keep_alive(&socket);
-    let handshake = TlsAcceptor::from(config).accept(socket);
+    let handshake = async {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
+        match core.challenges.answer(&start.client_hello()) {
+            None => start.into_stream(config).await.map(Some),
+            Some(proof) => {
+                start.into_stream(proof).await?.shutdown().await?;
+                Ok(None)
+            }
+        }
+    };
     match tokio::time::timeout(core.limits.handshake, handshake).await {
-        Ok(Ok(stream)) => connection::serve(core, stream, peer, place).await,
+        Ok(Ok(Some(stream))) => connection::serve(core, stream, peer, place).await,
+        Ok(Ok(None)) => tracing::info!(%peer, "an authority looked at the proof of a name"),
         Ok(Err(error)) => log_handshake(peer, &error.to_string()),
         Err(_) => log_handshake(peer, "took too long"),
     }

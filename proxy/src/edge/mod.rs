@@ -5,6 +5,7 @@
 mod access;
 mod activity;
 mod body;
+pub mod challenges;
 mod connection;
 mod forward;
 mod framing;
@@ -17,6 +18,7 @@ mod pages;
 mod places;
 mod pool;
 mod redirect;
+mod root;
 mod route;
 mod service;
 mod tasks;
@@ -24,19 +26,23 @@ mod tunnel;
 mod visitor;
 mod websocket;
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use protocol::host::proxy::ServeEdge;
+use protocol::host::proxy::{CustomDomain, ServeEdge};
 use protocol::network::DomainName;
 use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use tokio::sync::Mutex;
 
 use access::Tries;
+use challenges::Challenges;
 use guests::{Guest, Guests};
 use limits::Limits;
 use listen::{Listening, Speaks};
 use places::Places;
 use pool::{Pools, VmPool};
+use root::Root;
+use route::Route;
 use tasks::Tasks;
 
 /// The edge, listening where it was told to.
@@ -72,6 +78,7 @@ struct Core<G> {
     limits: Arc<Limits>,
     names: RwLock<Arc<Names>>,
     tls: RwLock<Option<Arc<rustls::ServerConfig>>>,
+    challenges: Arc<Challenges>,
     places: Arc<Places>,
     pools: Pools,
     tries: Tries,
@@ -83,6 +90,27 @@ struct Core<G> {
 struct Names {
     domain: String,
     public_port: u16,
+    /// The built-in authority, where something that is shown comes from it.
+    root: Option<Root>,
+    /// Names beside the domain, with what they lead to.
+    custom: HashMap<String, Route>,
+}
+
+impl Names {
+    /// Where the name `host` leads, as [`route::host_name`] gives it.
+    fn route(&self, host: &str) -> Route {
+        let custom = self.custom.get(host).cloned();
+        custom.unwrap_or_else(|| route::route(host, &self.domain))
+    }
+}
+
+/// A name of the operator's and where it leads.
+fn custom(domain: &CustomDomain) -> (String, Route) {
+    let guest = Route::Guest {
+        subdomain: domain.subdomain.clone(),
+        port: domain.port,
+    };
+    (domain.name.to_ascii_lowercase(), guest)
 }
 
 impl<G: Guests> Edge<G> {
@@ -102,8 +130,11 @@ impl<G: Guests> Edge<G> {
                 names: RwLock::new(Arc::new(Names {
                     domain: String::new(),
                     public_port: 443,
+                    root: None,
+                    custom: HashMap::new(),
                 })),
                 tls: RwLock::new(None),
+                challenges: Arc::default(),
                 pools: Pools::default(),
                 tasks: Tasks::default(),
             }),
@@ -133,6 +164,8 @@ impl<G: Guests> Edge<G> {
                 let names = Arc::new(Names {
                     domain,
                     public_port,
+                    root: Root::new(&serve.authority),
+                    custom: serve.custom.iter().map(custom).collect(),
                 });
                 *self
                     .core
@@ -167,13 +200,10 @@ impl<G: Guests> Edge<G> {
     }
 
     /// Shows these certificates from now on. Connections that are open go on with the old ones.
-    /// ALPN and session tickets are the edge's to set; other ALPN names of `config` stay behind its
-    /// own, and a connection that chooses one ends with its handshake.
+    /// ALPN and session tickets are the edge's to set.
     pub fn set_tls(&self, config: Arc<rustls::ServerConfig>) {
         let mut config = rustls::ServerConfig::clone(&config);
-        let own = [b"h2".to_vec(), b"http/1.1".to_vec()];
-        config.alpn_protocols.retain(|name| !own.contains(name));
-        config.alpn_protocols.splice(..0, own);
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         if let Some(tickets) = &self.tickets {
             config.ticketer = Arc::clone(tickets);
@@ -183,6 +213,16 @@ impl<G: Guests> Edge<G> {
             .tls
             .write()
             .unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(config));
+    }
+
+    /// Where certificates for names are ordered by TLS-ALPN-01.
+    pub fn challenges(&self) -> Arc<Challenges> {
+        Arc::clone(&self.core.challenges)
+    }
+
+    /// The domain below which VMs have their names; empty while it is not known.
+    pub fn domain(&self) -> String {
+        self.core.names().domain.clone()
     }
 
     /// How many of its tasks panicked.

@@ -10,12 +10,13 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use super::body::Answer;
 use super::guests::{ConnectError, Refusal};
+use super::root::{PATH, Root};
 
 /// An answer of the edge's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Page {
     /// The domain itself.
-    Landing,
+    Landing(Option<Root>),
     /// The request could not be understood without doubt.
     BadRequest(&'static str),
     /// A token is needed.
@@ -84,7 +85,7 @@ impl Page {
     fn head(&self) -> (StatusCode, &'static str, &'static str) {
         use StatusCode as S;
         match self {
-            Self::Landing => (S::OK, "ok", "This is a supvm appliance"),
+            Self::Landing(_) => (S::OK, "ok", "This is a supvm appliance"),
             Self::BadRequest(_) => (S::BAD_REQUEST, "bad_request", "Malformed request"),
             Self::Unauthorized => (S::UNAUTHORIZED, "token_required", "A token is needed"),
             Self::Forbidden => (S::FORBIDDEN, "wrong_token", "The token is wrong"),
@@ -137,7 +138,7 @@ impl Page {
 
     fn message(&self) -> String {
         match self {
-            Self::Landing => "VMs have their addresses below this name.".into(),
+            Self::Landing(_) => "VMs have their addresses below this name.".into(),
             Self::BadRequest(why) => format!("The request is refused: {why}."),
             Self::Unauthorized => "Send the VM's token as `X-Supvm-Token` or `Authorization: \
                  Bearer`, or open the link with `?supvm_token=` once."
@@ -192,7 +193,11 @@ impl Page {
             ("text/html; charset=utf-8", self.html(title, &message))
         } else {
             let body = match self {
-                Self::Landing => serde_json::json!({ "message": message }),
+                Self::Landing(None) => serde_json::json!({ "message": message }),
+                Self::Landing(Some(root)) => serde_json::json!({
+                    "message": message,
+                    "authority": { "path": PATH, "fingerprint": root.fingerprint() },
+                }),
                 _ => serde_json::json!({ "error": code, "message": message }),
             };
             ("application/json", format!("{body}\n"))
@@ -230,8 +235,18 @@ impl Page {
 
     fn html(&self, title: &str, message: &str) -> String {
         let status = match self {
-            Self::Landing => String::new(),
+            Self::Landing(_) => String::new(),
             _ => format!("<p>{}</p>", self.status().as_u16()),
+        };
+        let more = match self {
+            Self::Landing(Some(root)) => format!(
+                "<p>Certificates here come from the appliance's own authority. Download \
+                 <a href=\"{PATH}\">its root certificate</a> to trust them, after you have compared \
+                 its digest with the one on the appliance's console:</p>\
+                 <p><code style=\"overflow-wrap:anywhere\">{}</code></p>",
+                root.fingerprint()
+            ),
+            _ => String::new(),
         };
         let (title, message) = (escape(title), escape(message));
         format!(
@@ -241,7 +256,7 @@ impl Page {
              <style>body{{font:1.1em/1.5 system-ui,sans-serif;max-width:36em;margin:15vh auto;\
              padding:0 1em;color:#222;background:#fff}}h1{{font-size:1.5em}}\
              @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#111}}}}</style>\
-             </head><body>{status}<h1>{title}</h1><p>{message}</p></body></html>\n"
+             </head><body>{status}<h1>{title}</h1><p>{message}</p>{more}</body></html>\n"
         )
     }
 }

@@ -16,7 +16,7 @@ use super::body::Answer;
 use super::guests::Guests;
 use super::pages::{Page, wants_html};
 use super::places::Place;
-use super::route::{Route, host_name, route};
+use super::route::{Route, host_name};
 use super::{Core, Names};
 
 /// Where certificate authorities look for answers; this appliance gives them elsewhere.
@@ -71,7 +71,7 @@ fn location(names: &Names, headers: &HeaderMap, path: &str) -> Result<HeaderValu
         .and_then(|host| host.to_str().ok())
         .and_then(host_name)
         .ok_or(Page::BadRequest("a Host that is no name"))?;
-    if path.starts_with(CHALLENGES) || route(&host, &names.domain) == Route::Nothing {
+    if path.starts_with(CHALLENGES) || names.route(&host) == Route::Nothing {
         return Err(Page::NotFound);
     }
     if !path.starts_with('/') {

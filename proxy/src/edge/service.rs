@@ -29,9 +29,9 @@ use super::log::Entry;
 use super::pages::{Page, wants_html};
 use super::places::{Place, RequestPlace};
 use super::pool::VmPlace;
-use super::route::{Route, host_name, route};
+use super::route::{Route, host_name};
 use super::visitor::Signals;
-use super::{Core, websocket};
+use super::{Core, Names, root, websocket};
 
 /// What all requests of a connection share.
 #[derive(Debug)]
@@ -165,10 +165,10 @@ async fn respond<G: Guests>(
         return Err(Page::Misdirected);
     }
     let names = core.names();
-    let (subdomain, port) = match route(&asked.host, &names.domain) {
+    let (subdomain, port) = match names.route(&asked.host) {
         Route::Guest { subdomain, port } => (subdomain, port),
-        Route::Base if asked.path.path() == "/" => return Err(Page::Landing),
-        Route::Base | Route::Nothing => return Err(Page::NotFound),
+        Route::Base => return base(&names, &head.method, asked.path.path()),
+        Route::Nothing => return Err(Page::NotFound),
     };
     // A stopped VM is started only for who may come in.
     let publication = found(core, core.guests.publication(&subdomain)).await?;
@@ -201,6 +201,18 @@ async fn respond<G: Guests>(
         return websocket::serve(core, &target, head, asked, in_flight).await;
     }
     forward(core, &target, head, body, asked, hop).await
+}
+
+/// What the domain itself answers.
+fn base(names: &Names, method: &Method, path: &str) -> Result<Response<Answer>, Page> {
+    match (path, &names.root) {
+        ("/", root) => Err(Page::Landing(root.clone())),
+        (root::PATH, Some(root)) => match *method {
+            Method::GET | Method::HEAD => Ok(root.answer()),
+            _ => Err(Page::MethodNotAllowed),
+        },
+        _ => Err(Page::NotFound),
+    }
 }
 
 /// Sends a request to the guest and makes the visitor's answer of the guest's.

@@ -73,6 +73,7 @@ impl House {
                     http_address: "127.0.0.1:80".into(),
                     domain: DOMAIN.into(),
                     public_port: 443,
+                    ..ServeEdge::default()
                 },
                 gateway: ServeGateway::default(),
             })

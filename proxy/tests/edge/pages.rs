@@ -4,7 +4,12 @@ use http::{Method, Request, StatusCode};
 use proxy::edge::guests::{ConnectError, Refusal};
 use tokio::io::AsyncWriteExt;
 
-use crate::support::{DOMAIN, Got, World, empty, raw_server, read_head, soon};
+use protocol::host::proxy::{CustomDomain, ServeEdge};
+
+use crate::support::{
+    DOMAIN, Got, World, certificate_for, empty, hyper_server, raw_server, read_head, serve, soon,
+    tell,
+};
 
 #[tokio::test]
 async fn every_refusal_has_its_page_for_browsers_and_for_programs() {
@@ -208,7 +213,7 @@ async fn plain_http_leads_to_https_and_answers_no_challenge() {
         let answer = ask(world.http, host, path).await;
         assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     }
-    let mut serve = crate::support::serve();
+    let mut serve = serve();
     serve.public_port = 8443;
     let applied = world.edge.apply(&serve).await;
     assert_eq!(
@@ -233,7 +238,7 @@ async fn plain_http_leads_to_https_and_answers_no_challenge() {
 async fn an_address_in_use_or_a_bad_domain_is_reported_and_the_rest_is_served() {
     let world = World::start().await;
     let other = World::start().await;
-    let mut serve = crate::support::serve();
+    let mut serve = serve();
     serve.https_address = other.https.to_string();
     let applied = world.edge.apply(&serve).await;
     assert!(
@@ -256,4 +261,99 @@ async fn an_address_in_use_or_a_bad_domain_is_reported_and_the_rest_is_served() 
         (applied.https_address, applied.http_address),
         (String::new(), String::new())
     );
+}
+
+#[tokio::test]
+async fn the_root_certificate_can_be_downloaded_while_something_shown_comes_from_it() {
+    let world = World::start().await;
+    let ask = async |method: Method, path: &str| {
+        let request = Request::builder().method(method).uri(path);
+        let request = request.header("host", DOMAIN).body(empty()).unwrap();
+        let mut sender = world.http1(DOMAIN).await;
+        Got::of(
+            soon("an answer", sender.send_request(request))
+                .await
+                .unwrap(),
+        )
+        .await
+    };
+    assert_eq!(
+        ask(Method::GET, "/ca.pem").await.status,
+        StatusCode::NOT_FOUND
+    );
+    assert!(
+        world
+            .get(DOMAIN, &[])
+            .await
+            .json()
+            .get("authority")
+            .is_none()
+    );
+    let der: Vec<u8> = (0..200).collect();
+    let with_root = ServeEdge {
+        authority: der.clone(),
+        ..serve()
+    };
+    world.edge.apply(&with_root).await;
+    let got = ask(Method::GET, "/ca.pem").await;
+    assert_eq!(got.headers["content-type"], "application/x-pem-file");
+    assert_eq!(got.headers["content-length"], got.body.len().to_string());
+    assert!(got.body.starts_with("-----BEGIN CERTIFICATE-----\n"));
+    assert!(got.body.lines().all(|line| line.len() <= 64));
+    let base64: String = got
+        .body
+        .lines()
+        .filter(|line| !line.starts_with('-'))
+        .collect();
+    assert_eq!(
+        data_encoding::BASE64.decode(base64.as_bytes()).unwrap(),
+        der
+    );
+    let head = ask(Method::HEAD, "/ca.pem").await;
+    assert_eq!((head.status, head.body.as_str()), (StatusCode::OK, ""));
+    let post = ask(Method::POST, "/ca.pem").await;
+    assert_eq!(post.status, StatusCode::METHOD_NOT_ALLOWED);
+    let digest = ring::digest::digest(&ring::digest::SHA256, &der);
+    let digest = format!("sha256:{}", data_encoding::HEXLOWER.encode(digest.as_ref()));
+    let landing = world.get(DOMAIN, &[]).await.json();
+    assert_eq!(landing["authority"]["fingerprint"], digest);
+    let html = world.get(DOMAIN, &[("accept", "text/html")]).await;
+    assert!(html.body.contains(&digest) && html.body.contains("href=\"/ca.pem\""));
+}
+
+#[tokio::test]
+async fn a_name_of_the_operators_own_leads_to_its_vm_and_port() {
+    let mut world = World::start().await;
+    let vm = world.vm();
+    world.listens(&vm, 8080, hyper_server(tell).await);
+    let label = vm.host().split_once('.').unwrap().0.to_owned();
+    let (config, root) = certificate_for(&["app.example.com", "none.example.com"]);
+    world.edge.set_tls(config);
+    world.trust(root);
+    let with_custom = ServeEdge {
+        custom: vec![CustomDomain {
+            name: "app.example.com".into(),
+            subdomain: label.parse().unwrap(),
+            port: 8080,
+        }],
+        ..serve()
+    };
+    world.edge.apply(&with_custom).await;
+    let got = world.get("app.example.com", &[]).await;
+    assert_eq!(got.status, StatusCode::OK);
+    assert!(
+        got.body.contains("app.example.com"),
+        "Host is kept: {}",
+        got.body
+    );
+    // The VM's token holds there, too.
+    world.token(&vm, "secret");
+    let got = world.get("app.example.com", &[]).await;
+    assert_eq!(got.status, StatusCode::UNAUTHORIZED);
+    let other = world.get("none.example.com", &[]).await;
+    assert_eq!(other.status, StatusCode::NOT_FOUND);
+    // Taken away again.
+    world.edge.apply(&serve()).await;
+    let got = world.get("app.example.com", &[]).await;
+    assert_eq!(got.status, StatusCode::NOT_FOUND);
 }

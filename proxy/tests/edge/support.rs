@@ -314,18 +314,26 @@ pub(crate) fn serve() -> ServeEdge {
         http_address: "127.0.0.1:0".into(),
         domain: DOMAIN.into(),
         public_port: 443,
+        ..ServeEdge::default()
     }
 }
 
 /// A certificate of its own for the domain and all below it.
 pub(crate) fn certificate() -> (Arc<rustls::ServerConfig>, CertificateDer<'static>) {
+    certificate_for(&[DOMAIN, &format!("*.{DOMAIN}")])
+}
+
+/// A certificate of its own for these names.
+pub(crate) fn certificate_for(
+    names: &[&str],
+) -> (Arc<rustls::ServerConfig>, CertificateDer<'static>) {
     let ca_key = rcgen::KeyPair::generate().unwrap();
     let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let root = ca.self_signed(&ca_key).unwrap().der().clone();
     let issuer = rcgen::Issuer::new(ca, ca_key);
     let key = rcgen::KeyPair::generate().unwrap();
-    let names = vec![DOMAIN.to_owned(), format!("*.{DOMAIN}")];
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
     let leaf = rcgen::CertificateParams::new(names).unwrap();
     let leaf = leaf.signed_by(&key, &issuer).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
