@@ -5,16 +5,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use client::protocol::vm::VmRef;
 use client::protocol::{ErrorCode, Fault};
 use client::{Client, Endpoint, Trust, new_vm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 
 /// A limit that only a hang reaches.
 const HANG: Duration = Duration::from_secs(60);
@@ -43,6 +47,11 @@ fn serve(state: &Path, config: &Path) -> Command {
 impl Served {
     /// Starts it with one template and a kernel that is none.
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// The same with more settings.
+    fn with(more: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let template = path("state/templates/debian@13");
@@ -57,7 +66,7 @@ impl Served {
         fs::write(path("kernel"), "no kernel").unwrap();
         let hash = blake3::hash(b"secret").to_hex();
         let settings = format!(
-            "guest = {{ kernel = {0:?}, initramfs = {0:?} }}\napi = {{ listen = \"\" }}\n\
+            "{more}guest = {{ kernel = {0:?}, initramfs = {0:?} }}\napi = {{ listen = \"\" }}\n\
              tokens = [{{ owner = \"me\", blake3 = \"{hash}\" }}]\n",
             path("kernel")
         );
@@ -202,4 +211,193 @@ fn a_state_directory_has_one_supervisor_and_settings_are_checked_first() {
     let bad = said(serve(&served.path("other"), &served.path("bad.toml")));
     assert!(bad.contains("bad.toml") && bad.contains("line 1"), "{bad}");
     assert!(!served.path("other").exists());
+}
+
+/// A port that was free a moment ago.
+fn free() -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
+
+/// Ends a program with the test.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn program(name: &str, arguments: &[&str]) -> Program {
+    let child = Command::new(name)
+        .args(arguments)
+        .env("PEBBLE_VA_NOSLEEP", "1")
+        .env("PEBBLE_AUTHZREUSE", "0")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    Program(child.unwrap_or_else(|error| panic!("{name}: {error}; apt-get install pebble")))
+}
+
+/// Debian's pebble, whose certificates are valid for `life` seconds, with a name server for which
+/// every name is this machine. It looks for proofs at `edge`.
+fn pebble(directory: &Path, edge: SocketAddr, life: u64) -> (Program, Program, String) {
+    let authority = CertifiedIssuer::self_signed(
+        {
+            let mut parameters = CertificateParams::default();
+            parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            parameters
+        },
+        KeyPair::generate().unwrap(),
+    )
+    .unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf = CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&key, &authority)
+        .unwrap();
+    let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    fs::write(path("root.pem"), authority.pem()).unwrap();
+    fs::write(path("cert.pem"), leaf.pem()).unwrap();
+    fs::write(path("key.pem"), key.serialize_pem()).unwrap();
+    let (listen, management, names) = (free(), free(), free());
+    let config = format!(
+        r#"{{"pebble": {{"listenAddress": "{listen}", "managementListenAddress": "{management}",
+            "certificate": "{}", "privateKey": "{}", "httpPort": 1, "tlsPort": {},
+            "certificateValidityPeriod": {life}}}}}"#,
+        path("cert.pem"),
+        path("key.pem"),
+        edge.port()
+    );
+    fs::write(path("pebble.json"), config).unwrap();
+    let names = names.to_string();
+    let servers = program(
+        "pebble-challtestsrv",
+        &[
+            "-dns01",
+            &names,
+            "-defaultIPv4",
+            "127.0.0.1",
+            "-defaultIPv6",
+            "",
+            "-http01",
+            "",
+            "-https01",
+            "",
+            "-tlsalpn01",
+            "",
+            "-management",
+            "127.0.0.1:0",
+        ],
+    );
+    let authority = program(
+        "pebble",
+        &[
+            "-strict",
+            "-config",
+            &path("pebble.json"),
+            "-dnsserver",
+            &names,
+        ],
+    );
+    eventually("pebble listens", || {
+        std::net::TcpStream::connect(listen).ok()
+    });
+    let acme = format!(
+        "acme = {{ directory = \"https://{listen}/dir\", roots = {:?} }}\n",
+        path("root.pem")
+    );
+    (servers, authority, acme)
+}
+
+/// The certificate that is shown for a name, and who issued it.
+fn shown(edge: SocketAddr, name: &str) -> Option<(Vec<u8>, String)> {
+    let output = Command::new("openssl")
+        .args([
+            "s_client",
+            "-connect",
+            &edge.to_string(),
+            "-servername",
+            name,
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let der = CertificateDer::from_pem_slice(&output.stdout).ok()?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(&der).unwrap();
+    let issuer = parsed.issuer().to_string();
+    Some((der.to_vec(), issuer))
+}
+
+/// Asks until the answer is a good one.
+fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + HANG;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Sends a request on a connection that stays open, and gives the status line.
+fn ask(stream: &mut (impl Read + Write), host: &str) -> String {
+    let request = format!("HEAD / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    String::from_utf8(head)
+        .unwrap()
+        .lines()
+        .next()
+        .unwrap()
+        .to_owned()
+}
+
+#[test]
+fn the_domains_certificate_is_ordered_shown_renewed_and_kept_and_no_connection_ends_by_it() {
+    const DOMAIN: &str = "vms.example.org";
+    const SECRET: &str = "abcdefghijklmnopqrst.vms.example.org";
+    let files = tempfile::tempdir().unwrap();
+    let edge = free();
+    let (_servers, _authority, acme) = pebble(files.path(), edge, 20);
+    let served = Served::with(&format!(
+        "domain = \"{DOMAIN}\"\nedge = {{ listen = \"{edge}\", http = \"\" }}\n{acme}"
+    ));
+    let by_pebble = || shown(edge, DOMAIN).filter(|(_, issuer)| issuer.contains("Pebble"));
+    let (first, _) = eventually("pebble's certificate is shown", by_pebble);
+    // Whoever visits a VM sees one of the built-in authority, and trusts that.
+    let (_, issuer) = shown(edge, SECRET).unwrap();
+    assert!(issuer.contains("supvm certificate authority"), "{issuer}");
+    let mut roots = rustls::RootCertStore::empty();
+    let root = fs::read(served.path("state/keys/authority.der")).unwrap();
+    roots.add(root.into()).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let session = rustls::ClientConnection::new(config.into(), SECRET.try_into().unwrap());
+    let socket = std::net::TcpStream::connect(edge).unwrap();
+    let mut stream = rustls::StreamOwned::new(session.unwrap(), socket);
+    assert_eq!(ask(&mut stream, SECRET), "HTTP/1.1 404 Not Found");
+    let (second, _) = eventually("it is renewed", || {
+        by_pebble().filter(|(leaf, _)| *leaf != first)
+    });
+    assert_ne!(first, second);
+    assert_eq!(ask(&mut stream, SECRET), "HTTP/1.1 404 Not Found");
+    // The next control shows it at once.
+    served.kill("supvm-control");
+    eventually("there is a new control", || {
+        (served.children("supvm-control").len() == 1).then_some(())
+    });
+    eventually("pebble's certificate is shown again", by_pebble);
+    assert_eq!(ask(&mut stream, SECRET), "HTTP/1.1 404 Not Found");
 }

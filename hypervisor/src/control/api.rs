@@ -6,19 +6,22 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use protocol::host::channel::ChannelError;
-use protocol::host::proxy::{ApiAbandoned, ApiReply, ApiRequest, EdgeRequest, Serve, Serving};
+use protocol::host::proxy::{
+    ApiAbandoned, ApiReply, ApiRequest, EdgeRequest, Serve, ServeEdge, Serving,
+};
 use protocol::{ErrorBody, ErrorCode, Frame, Kind, decode};
 use proxy::channel::Channel;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
 use super::addresses::{AddressNews, host_addresses};
 use super::certificates::Certificates;
+use super::clock;
 use super::frames::LineGuard;
-use super::keys::{KeyError, LEAF_RENEWAL};
+use super::keys::KeyError;
 use super::name_servers::{NameServers, RESOLV_CONF};
 use super::requests::{Answer, Requests};
 use super::vm::internal;
@@ -28,6 +31,9 @@ const MAX_REQUESTS: usize = 1024;
 
 /// The same of the edge. They have room of their own, so that a flood there leaves the API its own.
 const MAX_EDGE_REQUESTS: usize = 256;
+
+/// A clock that was set back by more than this was wrong before.
+const CLOCK: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Shortest and longest wait before connecting again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -51,6 +57,33 @@ enum LineError {
     Addresses(std::io::Error),
     #[error("cannot follow the host's name servers: {0}")]
     NameServers(std::io::Error),
+}
+
+/// For how long certificates are shown.
+struct Showing {
+    since: SystemTime,
+    until: SystemTime,
+}
+
+impl Showing {
+    fn from(certificates: &Certificates) -> Self {
+        let since = SystemTime::now();
+        Self {
+            since,
+            until: certificates.until(since),
+        }
+    }
+
+    /// Waits until others have to be made: these are old, or were made while the clock was far ahead.
+    async fn over(&self) {
+        while !self.is_over(SystemTime::now()) {
+            clock::until(self.until).await;
+        }
+    }
+
+    fn is_over(&self, now: SystemTime) -> bool {
+        now >= self.until || now.checked_add(CLOCK).is_none_or(|now| now < self.since)
+    }
 }
 
 /// Requests being answered, by proxy's ticket; those of the edge apart.
@@ -125,27 +158,25 @@ impl Api {
         let mut addresses = host_addresses();
         let mut shown = self.certificates.changes();
         self.certificates.begin();
-        self.serve(&channel, &addresses, &name_servers).await?;
+        let mut showing = self.serve(&channel, &addresses, &name_servers).await?;
         let frames = self.requests.host.frames.begin(&channel).await?;
         let syncing = frames.sync(&channel);
         tokio::pin!(syncing);
-        let mut renewal = Instant::now() + LEAF_RENEWAL;
         loop {
             let packet = tokio::select! {
                 packet = channel.receive() => packet?,
-                () = sleep_until(renewal) => {
-                    self.serve(&channel, &addresses, &name_servers).await?;
-                    renewal = Instant::now() + LEAF_RENEWAL;
+                () = showing.over() => {
+                    showing = self.serve(&channel, &addresses, &name_servers).await?;
                     continue;
                 }
-                () = self.certificates.due() => {
-                    if let Some(order) = self.certificates.order(&name_servers) {
+                which = self.certificates.due() => {
+                    if let Some(order) = self.certificates.order(which, &name_servers) {
                         channel.send(&order, &[]).await?;
                     }
                     continue;
                 }
                 Ok(()) = shown.changed() => {
-                    self.serve(&channel, &addresses, &name_servers).await?;
+                    showing = self.serve(&channel, &addresses, &name_servers).await?;
                     continue;
                 }
                 heard = news.wait() => {
@@ -155,7 +186,7 @@ impl Api {
                         // A client that comes by an address finds it in the certificate.
                         tracing::info!(addresses = now.len(), "addresses changed; a new certificate");
                         addresses = now;
-                        self.serve(&channel, &addresses, &name_servers).await?;
+                        showing = self.serve(&channel, &addresses, &name_servers).await?;
                     }
                     continue;
                 }
@@ -165,7 +196,7 @@ impl Api {
                     if now != name_servers {
                         tracing::info!(name_servers = ?now, "the host's name servers changed");
                         name_servers = now;
-                        self.serve(&channel, &addresses, &name_servers).await?;
+                        showing = self.serve(&channel, &addresses, &name_servers).await?;
                     }
                     continue;
                 }
@@ -185,8 +216,10 @@ impl Api {
         channel: &Channel,
         addresses: &[IpAddr],
         name_servers: &[SocketAddr],
-    ) -> Result<(), LineError> {
+    ) -> Result<Showing, LineError> {
         let settings = &self.requests.host.settings;
+        let showing = Showing::from(&self.certificates);
+        let beside = self.certificates.beside();
         let leaf = self.certificates.leaf(addresses)?;
         let address = settings.api.listen;
         let serve = Serve {
@@ -195,13 +228,15 @@ impl Api {
             key: leaf.key,
             max_streams: settings.api.max_streams,
             max_connections: settings.api.max_connections,
-            edge: settings
-                .edge
-                .serve(settings.domain.as_str(), settings.public_port.get()),
+            edge: ServeEdge {
+                authority: beside.authority,
+                named: beside.named,
+                ..settings.serve_edge()
+            },
             gateway: settings.gateway.serve(name_servers),
         };
         channel.send(&serve, &[]).await?;
-        Ok(())
+        Ok(showing)
     }
 
     async fn take(
@@ -328,5 +363,30 @@ impl Drop for AbortAll {
         for (_, task) in api.drain().chain(edge.drain()) {
             task.abort();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_made_anew_when_it_is_old_or_the_clock_was_wrong() {
+        let at = |days: u64| SystemTime::UNIX_EPOCH + CLOCK * u32::try_from(days).unwrap();
+        // Made by a clock that was not set: 1970, and valid as if it were 2025.
+        let showing = Showing {
+            since: at(1),
+            until: at(31),
+        };
+        assert!(!showing.is_over(at(2)));
+        assert!(showing.is_over(at(31)));
+        assert!(showing.is_over(at(20_000)), "the clock was set");
+        // Made by a clock that was a year ahead.
+        let showing = Showing {
+            since: at(20_365),
+            until: at(20_395),
+        };
+        assert!(showing.is_over(at(20_000)));
+        assert!(!showing.is_over(at(20_364)));
     }
 }

@@ -97,6 +97,11 @@ impl Authority {
         })
     }
 
+    /// Its certificate in DER.
+    pub(crate) fn certificate(&self) -> &[u8] {
+        &self.certificate
+    }
+
     /// SHA-256 of the authority's certificate in DER, as people compare it.
     pub(crate) fn fingerprint(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, &self.certificate);

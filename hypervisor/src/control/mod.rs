@@ -7,6 +7,7 @@ mod agent_client;
 mod api;
 mod capacity;
 mod certificates;
+mod clock;
 mod create;
 mod frames;
 mod keys;

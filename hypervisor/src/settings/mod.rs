@@ -9,12 +9,13 @@ mod world;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use protocol::host::proxy::{CustomDomain as ServedDomain, ServeEdge};
 use protocol::id::{Owner, TemplateName};
 use serde::{Deserialize, Deserializer};
 
-pub use certificates::{Acme, CertificateFiles};
+pub use certificates::{Acme, CertificateFiles, DnsProof};
 pub use values::{Domain, Ipv4Network, Port};
-pub use world::{Edge, Gateway};
+pub use world::{CustomDomain, Edge, Gateway};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,8 @@ pub struct Settings {
     pub certificates: Option<CertificateFiles>,
     /// An authority to order certificates from.
     pub acme: Option<Acme>,
+    /// Names beside the domain that lead to VMs.
+    pub domains: Vec<CustomDomain>,
     /// Who may use the API.
     pub tokens: Vec<Token>,
     /// How VMs come up.
@@ -346,10 +349,42 @@ impl Settings {
         if settings.certificates.is_some() && settings.acme.is_some() {
             return contradiction("give [certificates] or [acme], not both");
         }
+        if settings.domains.len() > world::MAX_DOMAINS {
+            return contradiction("[[domains]] may be given at most 8 times");
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for custom in &settings.domains {
+            let (name, domain) = (custom.name.as_str(), settings.domain.as_str());
+            let below = name.strip_suffix(domain);
+            if below.is_some_and(|rest| rest.is_empty() || rest.ends_with('.')) {
+                return contradiction(&format!(
+                    "[[domains]]: {name} is the domain itself or below it; those names are the \
+                     appliance's to give"
+                ));
+            }
+            if !names.insert(name) {
+                return contradiction(&format!("[[domains]]: {name} is there twice"));
+            }
+        }
         if settings.debug.shell.is_empty() != settings.debug.tty.is_empty() {
             return contradiction("[debug] needs both `shell` and `tty`, or neither");
         }
         Ok(settings)
+    }
+
+    /// What proxy is told of the VMs' public addresses, but for certificates.
+    pub fn serve_edge(&self) -> ServeEdge {
+        let custom = self.domains.iter().map(|custom| ServedDomain {
+            name: custom.name.as_str().to_owned(),
+            subdomain: custom.vm.clone(),
+            port: custom.port.get(),
+        });
+        ServeEdge {
+            custom: custom.collect(),
+            ..self
+                .edge
+                .serve(self.domain.as_str(), self.public_port.get())
+        }
     }
 
     /// The public address of a VM, without a trailing slash.
@@ -426,9 +461,44 @@ mod tests {
     fn certificates_come_from_files_or_from_an_authority_and_not_from_both() {
         let acme = "acme = { server = \"192.0.2.53:53\", zone = \"a\", key_name = \"k\", key_file = \"/t\" }";
         let settings = parse(acme).unwrap();
-        assert_eq!(settings.acme.unwrap().propagation_s, 30);
+        assert_eq!(settings.acme.unwrap().dns.unwrap().propagation_s, 30);
+        let alone = parse("acme = {}").unwrap().acme.unwrap();
+        assert_eq!(alone.dns, None);
+        for half in ["server = \"192.0.2.53:53\"", "propagation_s = 3"] {
+            let error = parse(&format!("acme = {{ {half} }}")).unwrap_err();
+            assert!(error.contains("or none of them"), "{error}");
+        }
         let both = format!("{acme}\ncertificates = {{ chain = \"/c\", key = \"/k\" }}");
         assert!(parse(&both).unwrap_err().contains("not both"));
+    }
+
+    #[test]
+    fn names_of_the_operators_own_lead_to_vms_and_are_none_of_the_appliances() {
+        let label = "abcdefghijklmnopqrst";
+        let one = |name: &str| format!("[[domains]]\nname = \"{name}\"\nvm = \"{label}\"\n");
+        let settings = parse(&format!("{}port = 80", one("app.example.com"))).unwrap();
+        let custom = settings.serve_edge().custom.remove(0);
+        assert_eq!((custom.name.as_str(), custom.port), ("app.example.com", 80));
+        assert_eq!(custom.subdomain.as_str(), label);
+        let domain = "domain = \"vms.example.org\"\n";
+        let many: String = (0..9).map(|n| one(&format!("a{n}.example.com"))).collect();
+        let twice = one("app.example.com").repeat(2);
+        for (text, expected) in [
+            (one("vms.example.org"), "the domain itself or below"),
+            (one("a.vms.example.org"), "the domain itself or below"),
+            (one("App.example.com"), "is no domain"),
+            (twice, "there twice"),
+            (many, "at most 8"),
+            (
+                "[[domains]]\nname = \"a.b\"\nvm = \"a\"".into(),
+                "20 characters",
+            ),
+        ] {
+            let error = parse(&format!("{domain}{text}")).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        // Ends in the same letters, and is another name.
+        parse(&format!("{domain}{}", one("xvms.example.org"))).unwrap();
     }
 
     #[test]

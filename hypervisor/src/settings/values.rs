@@ -61,6 +61,9 @@ impl FromStr for Domain {
 pub struct Port(u16);
 
 impl Port {
+    /// Of programs for the web in a VM, where no other is given.
+    pub(super) const WEB: Self = Self(3000);
+
     /// The number.
     pub fn get(self) -> u16 {
         self.0

@@ -4,16 +4,49 @@
 use std::net::{IpAddr, SocketAddr};
 
 use protocol::host::proxy::{ServeEdge, ServeGateway};
+use protocol::id::Subdomain;
 use protocol::network::{Destination, Rule, RuleAction, RuleProtocol};
 use serde::{Deserialize, Deserializer};
 
-use super::optional_address;
+use super::{Domain, Port, optional_address};
 
 /// Most rules for all VMs: they go to proxy in one packet.
 const MAX_RULES: usize = 128;
 
 /// Most name servers.
 const MAX_NAME_SERVERS: usize = 8;
+
+/// Most names beside the domain: they go to proxy in one packet, with their certificates.
+pub(super) const MAX_DOMAINS: usize = 8;
+
+/// A name beside the domain that leads to a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CustomDomain {
+    /// The name; its DNS has to lead here.
+    #[serde(deserialize_with = "name")]
+    pub name: Domain,
+    /// The label of the VM's public address.
+    #[serde(deserialize_with = "label")]
+    pub vm: Subdomain,
+    /// The port in the VM.
+    #[serde(default = "web")]
+    pub port: Port,
+}
+
+fn name<'de, D: Deserializer<'de>>(from: D) -> Result<Domain, D::Error> {
+    let text = String::deserialize(from)?;
+    text.parse().map_err(serde::de::Error::custom)
+}
+
+fn label<'de, D: Deserializer<'de>>(from: D) -> Result<Subdomain, D::Error> {
+    let text = String::deserialize(from)?;
+    text.parse().map_err(serde::de::Error::custom)
+}
+
+fn web() -> Port {
+    Port::WEB
+}
 
 /// Where VMs have their public addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -1,4 +1,4 @@
-//! Certificates from an authority that speaks ACME: when to order one, and what was ordered, on
+//! A certificate from an authority that speaks ACME: when to order it, and what was ordered, on
 //! disk. The keys of account and certificate are made and kept here; proxy, which has the network,
 //! carries the order out.
 
@@ -14,11 +14,8 @@ use rustls::pki_types::pem::PemObject;
 
 use super::super::store::{StoreError, read_if_there, write_replacing};
 use super::pair::{Pair, PairError};
-use crate::settings::{Acme as Settings, CertificateFiles, Domain};
-
-/// Authorities allow few failures an hour.
-const FIRST_PAUSE: Duration = Duration::from_secs(5 * 60);
-const LONGEST_PAUSE: Duration = Duration::from_secs(12 * 60 * 60);
+use super::pause::Pause;
+use crate::settings::{Acme as Settings, CertificateFiles, DnsProof};
 
 /// Proxy gives up before this.
 const LOST: Duration = Duration::from_secs(15 * 60);
@@ -48,48 +45,62 @@ pub(crate) enum AcmeError {
     Failed(String),
 }
 
-/// The orders of one domain.
+/// One certificate.
 pub(super) struct Acme {
     settings: Settings,
-    domain: Domain,
-    /// The account's key.
+    /// How all its names are proved to be ours; none for TLS-ALPN-01.
+    dns: Option<DnsProof>,
+    names: Vec<String>,
+    /// The account's key, the same for all certificates.
     account: PathBuf,
     /// Chain and key of the certificate, in one file: they are replaced together.
     files: CertificateFiles,
-    under_way: Option<UnderWay>,
-    failures: u32,
-    /// Not before this, after failures.
-    pause_until: Option<SystemTime>,
-    tickets: u64,
+    /// What came of the last order that went well.
+    pair: Option<Pair>,
+    pause: Pause,
 }
 
-struct UnderWay {
-    ticket: u64,
-    key: KeyPair,
-    since: SystemTime,
+/// An order that proxy carries out.
+pub(super) struct UnderWay {
+    pub(super) key: KeyPair,
+    pub(super) since: SystemTime,
+}
+
+impl UnderWay {
+    /// When it is given up.
+    pub(super) fn lost(&self) -> SystemTime {
+        self.since.checked_add(LOST).unwrap_or(self.since)
+    }
 }
 
 impl Acme {
-    pub(super) fn new(settings: Settings, domain: Domain, keys: &Path) -> Self {
-        let file = keys.join("acme.pem");
-        Self {
+    /// The certificate in `keys/FILE.pem`, if there is one that can still be shown.
+    pub(super) fn new(
+        settings: Settings,
+        dns: Option<DnsProof>,
+        names: Vec<String>,
+        keys: &Path,
+        file: &str,
+    ) -> Self {
+        let both = keys.join(format!("{file}.pem"));
+        let mut acme = Self {
             settings,
-            domain,
+            dns,
+            names,
             account: keys.join("acme-account.key"),
             files: CertificateFiles {
-                chain: file.clone(),
-                key: file,
+                chain: both.clone(),
+                key: both,
             },
-            under_way: None,
-            failures: 0,
-            pause_until: None,
-            tickets: 0,
-        }
+            pair: None,
+            pause: Pause::read(keys.join(format!("{file}.pause")), SystemTime::now()),
+        };
+        acme.pair = acme.kept(SystemTime::now());
+        acme
     }
 
-    /// The certificate of an earlier order, if it can still be shown.
-    pub(super) fn kept(&self, now: SystemTime) -> Option<Pair> {
-        let read = Pair::read(&self.files, &self.domain, now);
+    fn kept(&self, now: SystemTime) -> Option<Pair> {
+        let read = Pair::read(&self.files, &self.names, now);
         if let Err(error) = &read
             && self.files.chain.exists()
         {
@@ -98,70 +109,61 @@ impl Acme {
         read.ok()
     }
 
-    /// How long until something has to be ordered: at two thirds of a certificate's life.
-    pub(super) fn wait(&self, shown: Option<&Pair>, now: SystemTime) -> Duration {
-        let until = |at: Option<SystemTime>| {
-            at.and_then(|at| at.duration_since(now).ok())
-                .unwrap_or_default()
-        };
-        if let Some(order) = &self.under_way {
-            return until(order.since.checked_add(LOST));
-        }
-        let renewal = shown.and_then(|pair| {
+    /// What it is for.
+    pub(super) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// What there is to show.
+    pub(super) fn pair(&self, now: SystemTime) -> Option<&Pair> {
+        self.pair.as_ref().filter(|pair| pair.expires > now)
+    }
+
+    /// When it has to be ordered: at two thirds of the life of the one that is shown.
+    pub(super) fn due(&self, now: SystemTime) -> SystemTime {
+        let renewal = self.pair(now).and_then(|pair| {
             let life = pair.expires.duration_since(pair.begins).ok()?;
             pair.begins.checked_add(life / 3 * 2)
         });
-        until(renewal).max(until(self.pause_until))
+        let pause = self.pause.until(now);
+        renewal.into_iter().chain(pause).max().unwrap_or(now)
     }
 
-    /// The line to proxy is a new one: what was ordered over the old one is lost.
-    pub(super) fn forget(&mut self) {
-        self.under_way = None;
-    }
-
-    /// A new order.
+    /// A new order, and the key of the certificate.
     pub(super) fn order(
         &mut self,
         name_servers: &[SocketAddr],
         now: SystemTime,
-    ) -> Result<OrderCertificate, AcmeError> {
+    ) -> Result<(OrderCertificate, KeyPair), AcmeError> {
         let made = self.make(name_servers);
-        match made {
-            Ok((mut order, key)) => {
-                self.tickets = self.tickets.wrapping_add(1);
-                order.ticket = self.tickets;
-                self.under_way = Some(UnderWay {
-                    ticket: order.ticket,
-                    key,
-                    since: now,
-                });
-                Ok(order)
-            }
-            Err(error) => {
-                self.failed(now);
-                Err(error)
-            }
+        if made.is_err() {
+            self.pause.failed(now);
         }
+        made
     }
 
     fn make(&self, name_servers: &[SocketAddr]) -> Result<(OrderCertificate, KeyPair), AcmeError> {
         let settings = &self.settings;
-        let domain = self.domain.as_str();
-        let names = vec![domain.to_owned(), format!("*.{domain}")];
         let key = KeyPair::generate()?;
-        let request = CertificateParams::new(names.clone())?.serialize_request(&key)?;
+        let request = CertificateParams::new(self.names.clone())?.serialize_request(&key)?;
+        let key_secret = match &self.dns {
+            Some(dns) => secret(&dns.key_file)?,
+            None => Vec::new(),
+        };
+        let dns = self.dns.as_ref();
+        let text = |what: fn(&DnsProof) -> String| dns.map(what).unwrap_or_default();
         let order = OrderCertificate {
             ticket: 0,
             directory: settings.directory.clone(),
             contact: settings.contact.clone(),
             account_key: self.account_key()?,
-            names,
+            names: self.names.clone(),
             request: request.der().to_vec(),
-            update_server: settings.server.to_string(),
-            zone: settings.zone.clone(),
-            key_name: settings.key_name.clone(),
-            key_secret: secret(&settings.key_file)?,
-            propagation_s: settings.propagation_s,
+            update_server: text(|dns| dns.server.to_string()),
+            zone: text(|dns| dns.zone.clone()),
+            key_name: text(|dns| dns.key_name.clone()),
+            key_secret,
+            propagation_s: dns.map_or(0, |dns| dns.propagation_s),
             name_servers: name_servers.iter().map(SocketAddr::to_string).collect(),
             roots: match &settings.roots {
                 Some(path) => roots(path)?,
@@ -183,28 +185,24 @@ impl Acme {
         Ok(key.serialize_der())
     }
 
-    /// The certificate of an order, on disk before it is given; none for an answer that nobody
-    /// waits for.
+    /// Takes the certificate of an order; it is on disk before it is shown.
     pub(super) fn ordered(
         &mut self,
+        key: &KeyPair,
         answer: &CertificateOrdered,
         now: SystemTime,
-    ) -> Result<Option<Pair>, AcmeError> {
-        let Some(order) = self
-            .under_way
-            .take_if(|order| order.ticket == answer.ticket)
-        else {
-            return Ok(None);
-        };
-        let taken = self.take(&order.key, answer, now);
-        match &taken {
-            Ok(_) => {
-                self.failures = 0;
-                self.pause_until = None;
+    ) -> Result<(), AcmeError> {
+        match self.take(key, answer, now) {
+            Ok(pair) => {
+                self.pair = Some(pair);
+                self.pause.clear();
+                Ok(())
             }
-            Err(_) => self.failed(now),
+            Err(error) => {
+                self.pause.failed(now);
+                Err(error)
+            }
         }
-        taken.map(Some)
     }
 
     fn take(
@@ -218,16 +216,9 @@ impl Acme {
         }
         let both = format!("{}{}", key.serialize_pem(), answer.chain);
         let bytes = both.as_bytes();
-        let pair = Pair::check(&self.files, bytes, bytes, &self.domain, now)?;
+        let pair = Pair::check(&self.files, bytes, bytes, &self.names, now)?;
         write_replacing(&self.files.chain, bytes, 0o600)?;
         Ok(pair)
-    }
-
-    fn failed(&mut self, now: SystemTime) {
-        let factor = 2_u32.saturating_pow(self.failures.min(16));
-        let pause = FIRST_PAUSE.saturating_mul(factor).min(LONGEST_PAUSE);
-        self.failures = self.failures.saturating_add(1);
-        self.pause_until = now.checked_add(pause);
     }
 }
 

@@ -1,11 +1,14 @@
 //! What proxy shows to clients: a pair of the operator's, read again when its files change, or one
-//! that was ordered from an authority that speaks ACME, or else one of the built-in authority. A pair that cannot be shown is an error in the log and
-//! changes nothing: what was shown before goes on being shown.
+//! that was ordered from an authority that speaks ACME, or else one of the built-in authority. A pair
+//! that cannot be shown is an error in the log and changes nothing: what was shown before goes on
+//! being shown until it expires.
 
 mod acme;
 mod key;
 mod news;
+mod orders;
 mod pair;
+mod pause;
 #[cfg(test)]
 mod tests;
 
@@ -14,14 +17,15 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use protocol::host::proxy::{CertificateOrdered, OrderCertificate};
+use protocol::host::proxy::{CertificateOrdered, NamedCertificate, OrderCertificate};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::keys::{Authority, KeyError, Leaf};
+use super::clock;
+use super::keys::{Authority, KeyError, LEAF_RENEWAL, Leaf};
 use crate::settings::{CertificateFiles, Domain, Settings};
-use acme::Acme;
 use news::News;
+use orders::Orders;
 use pair::Pair;
 
 /// Chain and key are written one after the other: they are read when nothing was written for this
@@ -31,32 +35,46 @@ const QUIET: Duration = Duration::from_millis(500);
 /// but no later than this after the first change.
 const IMPATIENCE: Duration = Duration::from_secs(10);
 
-/// Where nothing tells of changes, and again when the pair is about to expire.
+/// Where nothing tells of changes.
 const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Bytes of all certificates of single names: everything goes to proxy in one packet of 64 KiB.
+const BESIDE: usize = 36 << 10;
 
 /// Certificates for the domain.
 pub(crate) struct Certificates {
     authority: Authority,
     domain: Domain,
     files: Option<CertificateFiles>,
+    /// What is in the files.
     pair: Mutex<Option<Pair>>,
-    acme: Option<Mutex<Acme>>,
+    orders: Mutex<Orders>,
     changes: watch::Sender<u64>,
+}
+
+/// What the edge shows beside a leaf for everything.
+pub(crate) struct Beside {
+    /// The built-in authority's certificate in DER if the leaf comes from it, else empty.
+    pub(crate) authority: Vec<u8>,
+    /// Certificates of single names.
+    pub(crate) named: Vec<NamedCertificate>,
+}
+
+/// Both names that a certificate for everything has.
+fn wildcard(domain: &Domain) -> Vec<String> {
+    let domain = domain.as_str();
+    vec![domain.to_owned(), format!("*.{domain}")]
 }
 
 impl Certificates {
     /// Reads the operator's files, or what was ordered before, if there is any of that.
     pub(crate) fn open(authority: Authority, settings: &Settings, keys: &Path) -> Self {
-        let domain = settings.domain.clone();
-        let acme = settings.acme.clone();
-        let acme = acme.map(|acme| Acme::new(acme, domain.clone(), keys));
-        let kept = acme.as_ref().and_then(|acme| acme.kept(SystemTime::now()));
         let certificates = Self {
             authority,
-            domain,
+            domain: settings.domain.clone(),
             files: settings.certificates.clone(),
-            pair: Mutex::new(kept),
-            acme: acme.map(Mutex::new),
+            pair: Mutex::new(None),
+            orders: Mutex::new(Orders::new(settings, keys)),
             changes: watch::Sender::new(0),
         };
         certificates.read();
@@ -65,32 +83,32 @@ impl Certificates {
 
     /// The line to proxy is a new one.
     pub(crate) fn begin(&self) {
-        if let Some(acme) = &self.acme {
-            lock(acme).forget();
-        }
+        lock(&self.orders).forget();
     }
 
-    /// Waits until a certificate has to be ordered; for ever where none ever has to.
-    pub(crate) async fn due(&self) {
-        let Some(acme) = &self.acme else {
-            return std::future::pending().await;
-        };
+    /// Waits until a certificate has to be ordered, and says which; for ever where none ever has to.
+    pub(crate) async fn due(&self) -> usize {
         loop {
-            let wait = lock(acme).wait(lock(&self.pair).as_ref(), SystemTime::now());
-            if wait.is_zero() {
-                return;
+            let now = SystemTime::now();
+            let next = lock(&self.orders).next(now);
+            match next {
+                None => return std::future::pending().await,
+                Some((which, at)) if at <= now => return which,
+                Some((_, at)) => clock::until(at).await,
             }
-            // The clock may be set meanwhile.
-            sleep(wait.min(LONGEST_WAIT)).await;
         }
     }
 
     /// The order that is due, for proxy.
-    pub(crate) fn order(&self, name_servers: &[SocketAddr]) -> Option<OrderCertificate> {
-        let acme = self.acme.as_ref()?;
-        let order = lock(acme).order(name_servers, SystemTime::now());
+    pub(crate) fn order(
+        &self,
+        which: usize,
+        name_servers: &[SocketAddr],
+    ) -> Option<OrderCertificate> {
+        let order = lock(&self.orders).order(which, name_servers, SystemTime::now());
         match order {
             Ok(order) => {
+                let order = order?;
                 tracing::info!(names = ?order.names, directory = order.directory, "a certificate is ordered");
                 Some(order)
             }
@@ -103,15 +121,10 @@ impl Certificates {
 
     /// Takes what came of an order.
     pub(crate) fn ordered(&self, answer: &CertificateOrdered) {
-        let Some(acme) = &self.acme else {
-            return;
-        };
-        let taken = lock(acme).ordered(answer, SystemTime::now());
-        match taken {
+        match lock(&self.orders).ordered(answer, SystemTime::now()) {
             Ok(None) => {}
-            Ok(Some(pair)) => {
-                tracing::info!("a new certificate was given and is shown");
-                *lock(&self.pair) = Some(pair);
+            Ok(Some(names)) => {
+                tracing::info!(?names, "a new certificate was given and is shown");
                 self.changed();
             }
             Err(error) => {
@@ -122,10 +135,64 @@ impl Certificates {
 
     /// What to show now.
     pub(crate) fn leaf(&self, addresses: &[IpAddr]) -> Result<Leaf, KeyError> {
-        match &*lock(&self.pair) {
-            Some(pair) => Ok(pair.clone().into()),
+        match self.given(SystemTime::now()) {
+            Some(pair) => Ok(pair.into()),
             None => self.authority.leaf(&self.domain, addresses),
         }
+    }
+
+    /// What the edge shows beside that.
+    pub(crate) fn beside(&self) -> Beside {
+        let now = SystemTime::now();
+        let mut room = BESIDE;
+        let mut named = Vec::new();
+        for (name, pair) in lock(&self.orders).named(now) {
+            let length = pair.chain.iter().map(Vec::len).sum::<usize>();
+            match room.checked_sub(length.saturating_add(pair.key.len())) {
+                Some(left) => room = left,
+                None => {
+                    tracing::error!(
+                        name,
+                        length,
+                        "a certificate is too long to be shown beside the others"
+                    );
+                    continue;
+                }
+            }
+            named.push(NamedCertificate {
+                name: name.to_owned(),
+                certificates: pair.chain.clone(),
+                key: pair.key.clone(),
+            });
+        }
+        Beside {
+            authority: match self.given(now) {
+                Some(_) => Vec::new(),
+                None => self.authority.certificate().to_vec(),
+            },
+            named,
+        }
+    }
+
+    /// When what is shown from `now` on has to be made anew.
+    pub(crate) fn until(&self, now: SystemTime) -> SystemTime {
+        let renewal = now.checked_add(LEAF_RENEWAL).unwrap_or(now);
+        let orders = lock(&self.orders);
+        let named = orders.named(now).map(|(_, pair)| pair.expires);
+        let wildcard = orders.wildcard(now).map(|pair| pair.expires);
+        let file = lock(&self.pair).as_ref().map(|pair| pair.expires);
+        let expiries = named.chain(wildcard).chain(file);
+        expiries
+            .filter(|at| *at > now)
+            .fold(renewal, SystemTime::min)
+    }
+
+    /// A certificate for everything that is not the built-in authority's. One that has expired is
+    /// none.
+    fn given(&self, now: SystemTime) -> Option<Pair> {
+        let pair = lock(&self.pair).clone();
+        pair.filter(|pair| pair.expires > now)
+            .or_else(|| lock(&self.orders).wildcard(now).cloned())
     }
 
     /// Marks each time when there is something else to show.
@@ -159,7 +226,7 @@ impl Certificates {
                     tracing::error!(%error, "changes of the certificate files are not told");
                     sleep(IMPATIENCE).await;
                 },
-                () = sleep(self.wait()) => continue,
+                () = clock::until(self.look_again()) => continue,
             }
             if let Some(news) = &mut news {
                 let settled = async {
@@ -170,12 +237,15 @@ impl Certificates {
         }
     }
 
-    /// Until the pair has to be looked at again: what expires has to be said.
-    fn wait(&self) -> Duration {
+    /// When the files have to be looked at again: what expires has to be said. One that has expired
+    /// is looked at once a day, and whenever the clock is set.
+    fn look_again(&self) -> SystemTime {
+        let now = SystemTime::now();
+        let latest = now.checked_add(LONGEST_WAIT).unwrap_or(now);
         let expires = lock(&self.pair).as_ref().map(|pair| pair.expires);
-        let left = expires.and_then(|at| at.duration_since(SystemTime::now()).ok());
-        // One that has expired is looked at once a day.
-        left.map_or(LONGEST_WAIT, |left| left.min(LONGEST_WAIT))
+        expires
+            .filter(|at| *at > now)
+            .map_or(latest, |at| at.min(latest))
     }
 
     fn changed(&self) {
@@ -187,15 +257,15 @@ impl Certificates {
         let Some(files) = &self.files else {
             return;
         };
-        let read = Pair::read(files, &self.domain, SystemTime::now());
+        let read = Pair::read(files, &wildcard(&self.domain), SystemTime::now());
         let mut pair = lock(&self.pair);
         match read {
             Ok(new) if pair.as_ref() == Some(&new) => {}
             Ok(new) => {
                 tracing::info!(chain = %files.chain.display(), "a new certificate is shown");
                 *pair = Some(new);
-                self.changes
-                    .send_modify(|count| *count = count.wrapping_add(1));
+                drop(pair);
+                self.changed();
             }
             Err(error) => {
                 let shown = match &*pair {

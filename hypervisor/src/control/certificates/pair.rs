@@ -15,7 +15,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::super::keys::Leaf;
 use super::key::pkcs8;
-use crate::settings::{CertificateFiles, Domain};
+use crate::settings::CertificateFiles;
 
 /// The longest file that is read.
 const LONGEST: u64 = 1 << 20;
@@ -56,17 +56,22 @@ pub(crate) enum PairError {
         key: PathBuf,
     },
     /// Clients would refuse it for its names.
-    #[error(
-        "the certificate in {} is not for {name}; it has to name the domain itself and \
-         *.{domain}, because each VM has a name below it", path.display()
-    )]
+    #[error("the certificate in {} is not for {name}; it has to be for {wanted}", path.display())]
     Name {
         /// The chain.
         path: PathBuf,
         /// The name that is missing.
         name: String,
-        /// The domain.
-        domain: String,
+        /// All that it has to name.
+        wanted: String,
+    },
+    /// More than is ever sent to a client.
+    #[error("{} is too long: {what}", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// The limit.
+        what: &'static str,
     },
     /// Clients would refuse it for the time.
     #[error("the certificate in {} {what}; renew it, or set the clock", path.display())]
@@ -104,11 +109,11 @@ impl Pair {
     /// Reads and checks the files.
     pub(crate) fn read(
         files: &CertificateFiles,
-        domain: &Domain,
+        names: &[String],
         now: SystemTime,
     ) -> Result<Self, PairError> {
         let (chain, key) = (bytes(&files.chain)?, bytes(&files.key)?);
-        Self::check(files, &chain, &key, domain, now)
+        Self::check(files, &chain, &key, names, now)
     }
 
     /// Checks what is in the files, or is going to be.
@@ -116,7 +121,7 @@ impl Pair {
         files: &CertificateFiles,
         chain: &[u8],
         key: &[u8],
-        domain: &Domain,
+        names: &[String],
         now: SystemTime,
     ) -> Result<Self, PairError> {
         let chain_form = |cause: String| PairError::Form {
@@ -125,9 +130,15 @@ impl Pair {
             cause,
         };
         let chain = CertificateDer::pem_slice_iter(chain)
-            .take(MOST)
+            .take(MOST.saturating_add(1))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| chain_form(error.to_string()))?;
+        if chain.len() > MOST {
+            return Err(PairError::TooLong {
+                path: files.chain.clone(),
+                what: "a chain has at most 16 certificates",
+            });
+        }
         let Some(leaf) = chain.first() else {
             return Err(chain_form("there is no certificate in it".into()));
         };
@@ -154,19 +165,16 @@ impl Pair {
         }
         let parsed =
             ParsedCertificate::try_from(leaf).map_err(|error| chain_form(error.to_string()))?;
-        let domain = domain.as_str();
-        for (asked, name) in [
-            (domain.to_owned(), domain.to_owned()),
+        for name in names {
             // A name below, as VMs have them.
-            (format!("any-name-of-a-vm.{domain}"), format!("*.{domain}")),
-        ] {
+            let asked = name.replace('*', "any-name-of-a-vm");
             let is_for = ServerName::try_from(asked)
                 .is_ok_and(|asked| verify_server_name(&parsed, &asked).is_ok());
             if !is_for {
                 return Err(PairError::Name {
                     path: files.chain.clone(),
-                    name,
-                    domain: domain.to_owned(),
+                    name: name.clone(),
+                    wanted: names.join(" and "),
                 });
             }
         }
@@ -216,8 +224,15 @@ fn bytes(path: &Path) -> Result<Vec<u8>, PairError> {
     };
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(unreadable)?;
-    file.take(LONGEST)
+    let length = file
+        .take(LONGEST.saturating_add(1))
         .read_to_end(&mut bytes)
         .map_err(unreadable)?;
+    if u64::try_from(length).unwrap_or(u64::MAX) > LONGEST {
+        return Err(PairError::TooLong {
+            path: path.to_owned(),
+            what: "at most 1 MiB is read",
+        });
+    }
     Ok(bytes)
 }

@@ -57,7 +57,7 @@ impl Place {
     }
 
     fn read(&self) -> Result<Pair, PairError> {
-        Pair::read(&self.files, &domain(), SystemTime::now())
+        Pair::read(&self.files, &wildcard(&domain()), SystemTime::now())
     }
 }
 
@@ -144,6 +144,10 @@ fn a_pair_that_clients_would_refuse_is_refused_with_its_reason() {
     assert!(message(&place).contains("key.pem holds no private key"));
     place.write(&chain, &new_pair().1);
     assert!(message(&place).contains("is not that of the first certificate"));
+    place.write(&chain.repeat(9), &key);
+    assert!(message(&place).contains("at most 16 certificates"));
+    place.write(&format!("{chain}{}", " ".repeat(1 << 20)), &key);
+    assert!(message(&place).contains("at most 1 MiB"));
     let made = KeyPair::generate().unwrap();
     for (names, from, until, expected) in [
         (&NAMES[..1], -1, 90, "not for *.vms.example.org"),
@@ -234,6 +238,41 @@ async fn a_pair_that_is_replaced_is_shown_and_a_broken_one_is_not() {
 }
 
 #[tokio::test]
+async fn a_directory_that_is_replaced_by_a_link_is_followed() {
+    use std::os::unix::fs::symlink;
+    // As Kubernetes does it: files are links through `..data`, and that is replaced by a rename.
+    let place = place();
+    let at = |name: &str| place.directory.path().join(name);
+    let issue = |directory: &str| {
+        let (chain, key) = new_pair();
+        fs::create_dir(at(directory)).unwrap();
+        fs::write(at(directory).join("chain.pem"), chain).unwrap();
+        fs::write(at(directory).join("key.pem"), key).unwrap();
+    };
+    issue("first");
+    symlink("first", at("..data")).unwrap();
+    symlink("..data/chain.pem", &place.files.chain).unwrap();
+    symlink("..data/key.pem", &place.files.key).unwrap();
+    let certificates = open(&place);
+    let shown = || certificates.leaf(&[]).unwrap().chain[0].clone();
+    let first = shown();
+    let mut changes = certificates.changes();
+    let work = async {
+        sleep(QUIET).await;
+        issue("second");
+        symlink("second", at("..data_tmp")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        fs::remove_dir_all(at("first")).unwrap();
+        changed(&mut changes).await;
+        assert_ne!(shown(), first);
+    };
+    tokio::select! {
+        () = certificates.follow() => unreachable!(),
+        () = work => {}
+    }
+}
+
+#[tokio::test]
 async fn files_whose_directory_comes_later_are_found() {
     let mut place = place();
     let later = place.directory.path().join("later/still");
@@ -298,7 +337,7 @@ async fn a_certificate_is_ordered_once_kept_and_renewed_at_two_thirds_of_its_lif
     let certificates = opened(&place, &settings);
     assert!(is_due(&certificates));
     let servers = ["192.0.2.1:53".parse().unwrap()];
-    let order = certificates.order(&servers).unwrap();
+    let order = certificates.order(0, &servers).unwrap();
     assert_eq!(order.key_secret, b"secret");
     assert_eq!(order.names, NAMES);
     assert!(!is_due(&certificates), "it is under way");
@@ -317,7 +356,7 @@ async fn a_certificate_is_ordered_once_kept_and_renewed_at_two_thirds_of_its_lif
     let certificates = opened(&place, &settings);
     assert!(!is_due(&certificates));
     assert_eq!(certificates.leaf(&[]).unwrap().chain, shown.chain);
-    let again = certificates.order(&servers).unwrap();
+    let again = certificates.order(0, &servers).unwrap();
     assert_eq!(again.account_key, order.account_key);
     assert_ne!(
         again.request, order.request,
@@ -332,7 +371,7 @@ async fn a_certificate_is_ordered_once_kept_and_renewed_at_two_thirds_of_its_lif
     // Two thirds of 30 days: not at 19, but at 21.
     certificates.ordered(&issued(&again, -19, 11));
     assert!(!is_due(&certificates));
-    let again = certificates.order(&servers).unwrap();
+    let again = certificates.order(0, &servers).unwrap();
     certificates.ordered(&issued(&again, -21, 9));
     assert!(is_due(&certificates));
 }
@@ -343,7 +382,7 @@ async fn a_failed_order_changes_nothing_and_is_not_repeated_at_once() {
     let settings = acme_settings(&place);
     let certificates = opened(&place, &settings);
     assert!(
-        certificates.order(&[]).is_none(),
+        certificates.order(0, &[]).is_none(),
         "without the key of the zone"
     );
     assert!(!is_due(&certificates));
@@ -354,9 +393,9 @@ async fn a_failed_order_changes_nothing_and_is_not_repeated_at_once() {
         |answer: &mut CertificateOrdered| answer.chain = String::new(),
         |answer: &mut CertificateOrdered| answer.chain = "no certificate".into(),
     ] {
-        let order = certificates.order(&[]).unwrap();
+        let order = certificates.order(0, &[]).unwrap();
         let other = OrderCertificate {
-            request: certificates.order(&[]).unwrap().request,
+            request: certificates.order(0, &[]).unwrap().request,
             ..order.clone()
         };
         // For another key than that of the order that is waited for.
@@ -370,7 +409,91 @@ async fn a_failed_order_changes_nothing_and_is_not_repeated_at_once() {
     assert!(!changes.has_changed().unwrap());
     assert!(!place.directory.path().join("state/keys/acme.pem").exists());
     // A new line to proxy: what was under way is lost, the pause is not.
-    certificates.order(&[]).unwrap();
+    certificates.order(0, &[]).unwrap();
     certificates.begin();
     assert!(!is_due(&certificates));
+}
+
+#[tokio::test]
+async fn single_names_have_certificates_of_their_own_one_after_the_other() {
+    use futures::FutureExt;
+    let place = place();
+    let label = "abcdefghijklmnopqrst";
+    let text = format!(
+        "domain = \"vms.example.org\"\nacme = {{}}\n[[domains]]\nname = \"app.example.com\"\n\
+         vm = \"{label}\"\n"
+    );
+    let settings = Settings::parse(&text, Path::new("/t")).unwrap();
+    let certificates = opened(&place, &settings);
+    let mut shown = Vec::new();
+    for (which, name) in ["vms.example.org", "app.example.com"]
+        .into_iter()
+        .enumerate()
+    {
+        assert_eq!(certificates.due().now_or_never(), Some(which));
+        let order = certificates.order(which, &[]).unwrap();
+        assert_eq!(order.names, [name]);
+        assert_eq!(order.update_server, "", "proved by TLS-ALPN-01");
+        assert!(!is_due(&certificates), "one at a time");
+        certificates.ordered(&issued(&order, -1, 30));
+        shown.push(name.to_owned());
+        let beside = certificates.beside();
+        let named: Vec<String> = beside.named.into_iter().map(|named| named.name).collect();
+        assert_eq!(named, shown);
+        // VMs' names are never ordered: they have the built-in authority's.
+        let leaf = certificates.leaf(&[]).unwrap();
+        assert_eq!(leaf.chain[1], beside.authority);
+    }
+    assert!(!is_due(&certificates));
+    // The next control has them, too.
+    drop(certificates);
+    let certificates = opened(&place, &settings);
+    assert!(!is_due(&certificates));
+    assert_eq!(certificates.beside().named.len(), 2);
+    // One that fails is tried again later, also by the next control; the other is not held up.
+    let failed = CertificateOrdered {
+        ticket: certificates.order(0, &[]).unwrap().ticket,
+        chain: String::new(),
+        message: "no".into(),
+    };
+    certificates.ordered(&failed);
+    drop(certificates);
+    for file in ["acme.pem", "acme-app.example.com.pem"] {
+        fs::remove_file(place.directory.path().join("state/keys").join(file)).unwrap();
+    }
+    let certificates = opened(&place, &settings);
+    assert_eq!(certificates.due().now_or_never(), Some(1));
+}
+
+#[tokio::test]
+async fn what_has_expired_is_shown_no_longer() {
+    let place = place();
+    fs::write(place.directory.path().join("tsig"), "c2VjcmV0").unwrap();
+    let certificates = opened(&place, &acme_settings(&place));
+    let order = certificates.order(0, &[]).unwrap();
+    let mut soon = issued(&order, -1, 1);
+    // A certificate that is good for a few seconds more.
+    let key = KeyPair::generate().unwrap();
+    let issuer = CertifiedIssuer::self_signed(CertificateParams::default(), key).unwrap();
+    let request =
+        rcgen::CertificateSigningRequestParams::from_der(&order.request.as_slice().into());
+    let mut request = request.unwrap();
+    request.params.not_before = (SystemTime::now() - Duration::from_secs(100)).into();
+    request.params.not_after = (SystemTime::now() + Duration::from_secs(3)).into();
+    soon.chain = request.signed_by(&issuer).unwrap().pem();
+    certificates.ordered(&soon);
+    let now = SystemTime::now();
+    assert_eq!(certificates.leaf(&[]).unwrap().chain.len(), 1);
+    assert!(certificates.beside().authority.is_empty());
+    let until = certificates.until(now);
+    assert!(
+        until <= now + Duration::from_secs(4),
+        "it is looked at again then"
+    );
+    while SystemTime::now() < until {
+        clock::until(until).await;
+    }
+    let leaf = certificates.leaf(&[]).unwrap();
+    assert_eq!(leaf.chain[1], certificates.beside().authority);
+    assert!(certificates.until(until) > until + Duration::from_secs(86_400));
 }
