@@ -130,23 +130,28 @@ tool() {
 tool cargo-deny "$cargo_deny_version"
 tool cargo-fuzz "$cargo_fuzz_version"
 
-# The tests need the program alone: Debian's package, installed, would start a server at every boot.
-nginx() {
-    local home=$cache/nginx staging
-    if [ -x "$home/nginx" ]; then return; fi
-    say "fetching nginx into $home"
-    mkdir -p "$cache"
-    staging=$(mktemp -d "$cache/.nginx.XXXXXX")
+# program PACKAGE PATH...: a program that tests need alone, taken out of its package. Installed, nginx
+# would serve at every boot, and one busybox would take the place of another.
+program() {
+    local package=$1 home=$cache/programs staging file
+    shift
+    if [ -x "$home/${1##*/}" ]; then return; fi
+    say "fetching ${1##*/} into $home"
+    mkdir -p "$home"
+    staging=$(mktemp -d "$cache/.program.XXXXXX")
     # shellcheck disable=SC2064 # the directory as it is now
     trap "rm -rf '$staging'" EXIT
-    (cd "$staging" && apt-get -qq download nginx 2>/dev/null) ||
-        (as_root apt-get -qq update && cd "$staging" && apt-get -qq download nginx)
-    dpkg-deb -x "$staging"/nginx_*.deb "$staging/x"
-    mkdir -p "$home"
-    mv "$staging/x/usr/sbin/nginx" "$home/nginx"
+    (cd "$staging" && apt-get -qq download "$package" 2>/dev/null) ||
+        (as_root apt-get -qq update && cd "$staging" && apt-get -qq download "$package")
+    dpkg-deb -x "$staging/$package"_*.deb "$staging/x"
+    for file in "$@"; do
+        if [ -f "$staging/x/$file" ]; then mv "$staging/x/$file" "$home"; fi
+    done
+    [ -x "$home/${1##*/}" ] || die "Debian's package $package has none of: $*"
     rm -rf "$staging"
 }
-nginx
+program nginx usr/sbin/nginx
+program busybox-static usr/bin/busybox bin/busybox
 
 # Node packages that stand for a visitor's or a VM's, kept by the sum of their lock file.
 node_packages() {

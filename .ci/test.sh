@@ -50,6 +50,15 @@ unit_tests() {
     fi
 }
 
+# A guest under QEMU, with parts of the images, in front of the gateway.
+qemu_guest() {
+    local as_root=()
+    if [ "$(id -u)" != 0 ]; then
+        as_root=(--config 'target."cfg(unix)".runner="sudo -E"')
+    fi
+    cargo test -p proxy --test qemu_guest "${as_root[@]}" -- --ignored
+}
+
 images() {
     make --no-print-directory images
 }
@@ -72,6 +81,7 @@ phase field .ci/field.sh
 phase unit-tests unit_tests
 phase fuzzing .ci/fuzz.sh 45
 phase images images
+phase qemu-guest qemu_guest
 if [ -e "$target/image/initramfs.cpio" ]; then
     phase scenarios "$target/release/qemu-test" run
 else

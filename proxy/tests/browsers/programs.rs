@@ -41,11 +41,11 @@ fn cache() -> PathBuf {
         .join("supvm")
 }
 
-/// A program by its name, from Debian or from the cache.
+/// A program by its name, from the cache or installed.
 pub(crate) fn tool(name: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .chain([PathBuf::from("/usr/sbin"), cache().join("nginx")])
+    let found = std::iter::once(cache().join("programs"))
+        .chain(std::env::split_paths(&path))
         .map(|directory| directory.join(name))
         .find(|file| file.is_file());
     found.unwrap_or_else(|| panic!("{name} is not there: run ./setup.sh, which installs it"))
@@ -115,12 +115,11 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let output = self.output();
-            let from = output.len().saturating_sub(4000);
-            let end = String::from_utf8_lossy(&output.as_bytes()[from..]);
-            eprintln!("--- what {} wrote last:\n{end}---", self.name);
-        }
+        // Shown only when the test fails.
+        let output = self.output();
+        let from = output.len().saturating_sub(4000);
+        let end = String::from_utf8_lossy(&output.as_bytes()[from..]);
+        println!("--- what {} wrote last:\n{end}---", self.name);
     }
 }
 
