@@ -56,7 +56,7 @@ impl Proxy {
     }
 
     pub(crate) fn control(&self) -> Control {
-        Control(Channel::connect(&self.dir.path().join("control")).unwrap())
+        Control::new(Channel::connect(&self.dir.path().join("control")).unwrap())
     }
 
     pub(crate) async fn connect(&self) -> UnixStream {
@@ -64,7 +64,7 @@ impl Proxy {
     }
 }
 
-fn seqpacket(path: &std::path::Path) -> OwnedFd {
+pub(crate) fn seqpacket(path: &std::path::Path) -> OwnedFd {
     let socket = socket(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -81,6 +81,10 @@ fn seqpacket(path: &std::path::Path) -> OwnedFd {
 pub(crate) struct Control(Channel);
 
 impl Control {
+    pub(crate) fn new(channel: Channel) -> Self {
+        Self(channel)
+    }
+
     pub(crate) async fn packet(&self) -> Packet {
         let received = timeout(PATIENCE, self.0.receive()).await;
         let received = received.expect("proxy sent control nothing");
