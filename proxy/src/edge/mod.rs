@@ -171,7 +171,8 @@ impl<G: Guests> Edge<G> {
     /// own, and a connection that chooses one ends with its handshake.
     pub fn set_tls(&self, config: Arc<rustls::ServerConfig>) {
         let mut config = rustls::ServerConfig::clone(&config);
-        let own = [b"h2".to_vec(), b"http/1.1".to_vec()];
+        // In the order of preference; old clients offer nothing but the last.
+        let own = [b"h2".to_vec(), b"http/1.1".to_vec(), b"http/1.0".to_vec()];
         config.alpn_protocols.retain(|name| !own.contains(name));
         config.alpn_protocols.splice(..0, own);
         config.session_storage = Arc::new(NoServerSessionStorage {});
