@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes a Debian 12 or 13 machine ready to build and test supvm: Debian packages, the musl target,
-# cargo-deny, cargo-fuzz; with the argument `bench` also to measure it. Safe to run as often as wanted:
-# a run with nothing to do needs no root, touches no network and ends in well under a second. It must
-# never change a machine in other ways than these.
+# Makes a Debian 12 or 13 machine ready to build and test supvm: Debian packages, programs and Node
+# packages that tests use (in the cache, not installed), the musl target, cargo-deny, cargo-fuzz; with the
+# argument `bench` also to measure it. Safe to run as often as wanted: a run with nothing to do needs no
+# root, touches no network and ends in well under a second. It must never change a machine in other ways
+# than these.
 set -euo pipefail
 
 cargo_deny_version=0.20.2

@@ -42,7 +42,7 @@ pub(crate) async fn serve<G: Guests>(
     let session = stream.get_ref().1;
     let http2 = match session.alpn_protocol() {
         Some(b"h2") => true,
-        Some(b"http/1.1") | None => false,
+        Some(b"http/1.1" | b"http/1.0") | None => false,
         // The edge offers nothing else.
         Some(_) => return,
     };

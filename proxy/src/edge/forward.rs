@@ -85,7 +85,7 @@ async fn send_http1<G: Guests>(
             *request.method(),
             Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE
         );
-    while let Some(sender) = target.pool.take(target.port) {
+    while let Some(sender) = target.pool.take(target.port, repeatable) {
         let again = repeatable.then(|| Again {
             method: request.method().clone(),
             uri: request.uri().clone(),

@@ -34,6 +34,9 @@ pub struct Limits {
     /// How long an unused connection to a VM is kept. Shorter than what web servers in VMs use
     /// (5 s is common), and shorter than `idle`.
     pub upstream_idle: Duration,
+    /// How long a connection may have been unused for a request that must not be sent twice. Servers
+    /// that close theirs sooner than `upstream_idle` (2 s is seen) would sometimes do so just then.
+    pub upstream_fresh: Duration,
     /// Unused connections that are kept per port of a VM.
     pub upstream_kept: usize,
     /// How long to wait for a VM to be found, started where it must be.
@@ -66,6 +69,7 @@ impl Default for Limits {
             head: Duration::from_secs(15),
             idle: Duration::from_secs(75),
             upstream_idle: Duration::from_secs(4),
+            upstream_fresh: Duration::from_millis(500),
             upstream_kept: 32,
             find: Duration::from_secs(120),
             connect: Duration::from_secs(15),

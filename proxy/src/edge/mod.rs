@@ -203,7 +203,8 @@ impl<G: Guests> Edge<G> {
     /// ALPN and session tickets are the edge's to set.
     pub fn set_tls(&self, config: Arc<rustls::ServerConfig>) {
         let mut config = rustls::ServerConfig::clone(&config);
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        // In the order of preference; old clients offer nothing but the last.
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec(), b"http/1.0".to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         if let Some(tickets) = &self.tickets {
             config.ticketer = Arc::clone(tickets);

@@ -122,13 +122,17 @@ impl VmPool {
         (before < self.limits.requests_per_vm).then_some(place)
     }
 
-    /// A connection that waits.
-    pub(crate) fn take(&self, port: u16) -> Option<Sender> {
+    /// A connection that waits. For a request that must not be sent twice it has to be one that was
+    /// used just before, which its server does not close yet.
+    pub(crate) fn take(&self, port: u16, repeatable: bool) -> Option<Sender> {
+        let fresh = self.limits.upstream_fresh;
         let mut state = self.lock();
         let idle = &mut state.ports.get_mut(&port)?.idle;
         idle.retain(|(_, sender)| !sender.is_closed());
         // The youngest: the others may then go.
-        let at = idle.iter().rposition(|(_, sender)| sender.is_ready())?;
+        let at = idle.iter().rposition(|(since, sender)| {
+            sender.is_ready() && (repeatable || since.elapsed() < fresh)
+        })?;
         Some(idle.swap_remove(at).1)
     }
 

@@ -2,39 +2,70 @@
 //! and the agent connects them to ports of the VM's loopback.
 
 use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use protocol::agent::{Dial, Dialed};
-use protocol::host::proxy::{ApiReply, EdgeRequest};
+use protocol::host::proxy::{ApiReply, Awake, EdgeRequest, LookedUp};
+use protocol::network::Publication;
 use protocol::vm::Opened;
 use protocol::{ErrorBody, ErrorCode, Kind, Message};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 
 use crate::common::Control;
 use crate::net::Guest;
 
-/// Answers what proxy asks until proxy ends.
-pub(crate) async fn serve(control: Control, guest: Arc<Guest>) {
+/// The VM with the number of its start, while it runs.
+pub(crate) type Running = watch::Receiver<Option<(u64, Arc<Guest>)>>;
+
+/// Answers what proxy asks until proxy ends. Who wants a VM that is stopped waits for its start.
+pub(crate) async fn serve(control: Arc<Control>, running: Running) {
     while let Some(packet) = control.next().await {
         let request: EdgeRequest = protocol::decode(&packet.frame).unwrap();
-        assert_eq!(Kind(request.kind), Kind::DIAL_AGENT);
-        let (agent, proxys) = std::os::unix::net::UnixStream::pair().unwrap();
-        let opened = Opened {
-            id: "vm-1234abcd".parse().unwrap(),
-            generation: 1,
-        };
-        let reply = ApiReply {
-            ticket: request.ticket,
-            kind: Opened::KIND.0,
-            body: protocol::message::encode_body(&opened).unwrap(),
-        };
-        control.send(&reply, &[proxys.as_fd()]).await;
-        agent.set_nonblocking(true).unwrap();
-        let agent = UnixStream::from_std(agent).unwrap();
-        tokio::spawn(connect(agent, Arc::clone(&guest)));
+        let (control, running) = (Arc::clone(&control), running.clone());
+        tokio::spawn(answer(control, request, running));
     }
+}
+
+async fn answer(control: Arc<Control>, request: EdgeRequest, mut running: Running) {
+    let ticket = request.ticket;
+    if Kind(request.kind) == Kind::LOOK_UP {
+        let publication = Publication::default();
+        return reply(&control, ticket, &LookedUp { publication }, &[]).await;
+    }
+    let Ok(Some((generation, guest))) = running
+        .wait_for(Option::is_some)
+        .await
+        .map(|running| running.clone())
+    else {
+        return;
+    };
+    let vm = "vm-1234abcd".parse().unwrap();
+    if Kind(request.kind) == Kind::WAKE {
+        return reply(&control, ticket, &Awake { vm, generation }, &[]).await;
+    }
+    assert_eq!(Kind(request.kind), Kind::DIAL_AGENT);
+    let (agent, proxys) = std::os::unix::net::UnixStream::pair().unwrap();
+    let opened = Opened { id: vm, generation };
+    reply(&control, ticket, &opened, &[proxys.as_fd()]).await;
+    agent.set_nonblocking(true).unwrap();
+    connect(UnixStream::from_std(agent).unwrap(), guest).await;
+}
+
+async fn reply<M: Message>(
+    control: &Control,
+    ticket: u64,
+    message: &M,
+    descriptors: &[BorrowedFd<'_>],
+) {
+    let reply = ApiReply {
+        ticket,
+        kind: M::KIND.0,
+        body: protocol::message::encode_body(message).unwrap(),
+    };
+    control.send(&reply, descriptors).await;
 }
 
 async fn connect(mut stream: UnixStream, guest: Arc<Guest>) {

@@ -75,3 +75,21 @@ fn a_page_in_chromium_has_its_websocket_its_events_and_its_upload() {
         browser.sees(&house, "uploaded 8388608 by h2").await;
     });
 }
+
+#[test]
+fn a_page_in_chromium_gets_its_events_again_from_a_vm_that_was_started_anew() {
+    world(|mut house| async move {
+        let server = house.inside(&house.node(&["again.mjs", "first"]).words());
+        let server = house.serve(3000, server, "first").await;
+        let mut browser = Browser::open(&house, &House::url("/")).await;
+        let begun = ["first events, first answer", "first socket"];
+        browser.sees_all(&house, &begun).await;
+        let channel = house.stop(server).await;
+        browser.sees(&house, "socket closed 1006").await;
+        let server = house.inside(&house.node(&["again.mjs", "second"]).words());
+        let _server = house.serve(3000, server, "second").await;
+        house.attach(channel).await;
+        // Its requests have waited for the start, and go over no connection from before.
+        browser.sees(&house, "second events, second answer").await;
+    });
+}

@@ -53,6 +53,8 @@ fn pythons_server_hands_out_its_files_and_64_mib_come_whole() {
 
         let page = House::url("/page.html");
         assert_eq!(house.curl(&[&page]).await, "<p>hello</p>");
+        let old = ["--http1.0", "-w", " %{http_code}", &page];
+        assert_eq!(house.curl(&old).await, "<p>hello</p> 200");
         let head = house.curl(&["--head", &page]).await;
         assert!(head.starts_with("HTTP/2 200"), "{head}");
         assert!(head.contains("content-length: 12\r\n"), "{head}");

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use data_encoding::BASE64;
-use protocol::host::proxy::{AttachVm, Serve, ServeEdge, ServeGateway};
+use protocol::host::proxy::{AttachVm, DetachVm, Serve, ServeEdge, ServeGateway};
 use protocol::network::{Egress, Publication};
 use tokio::process::Command;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::agent;
-use crate::common::Proxy;
+use crate::common::{Control, Proxy};
 use crate::net::{Guest, world_on};
 use crate::offload;
 use crate::programs::{self, Program};
@@ -39,8 +40,10 @@ pub(crate) struct House {
     dir: tempfile::TempDir,
     /// The key of the edge's certificate, as Chromium wants to be told of it.
     pub(crate) key: String,
-    // Before what it uses.
-    control: JoinHandle<()>,
+    answers: JoinHandle<()>,
+    control: Arc<Control>,
+    running: watch::Sender<Option<(u64, Arc<Guest>)>>,
+    generation: u64,
     guest: Arc<Guest>,
     place: Arc<OwnedFd>,
     _proxy: Proxy,
@@ -48,7 +51,7 @@ pub(crate) struct House {
 
 impl Drop for House {
     fn drop(&mut self) {
-        self.control.abort();
+        self.answers.abort();
     }
 }
 
@@ -80,26 +83,51 @@ impl House {
             .await;
         assert_eq!(serving.message, "");
         let (guest, channel) = Guest::with_relay(libc::IFF_VNET_HDR, offload::relay);
+        let (running, told) = watch::channel(None);
+        let control = Arc::new(control);
+        let mut house = Self {
+            dir,
+            key: certificate.spki,
+            answers: tokio::spawn(agent::serve(Arc::clone(&control), told)),
+            control,
+            place: Arc::new(guest.namespace().try_clone().unwrap()),
+            guest: Arc::new(guest),
+            generation: 0,
+            running,
+            _proxy: proxy,
+        };
+        house.attach(channel).await;
+        house
+    }
+
+    /// The VM is up: it is reached from now on.
+    pub(crate) async fn attach(&mut self, channel: OwnedFd) {
+        self.generation += 1;
         let attach = AttachVm {
             vm: "vm-1234abcd".parse().unwrap(),
-            generation: 1,
+            generation: self.generation,
             hostname: "supvm-1234".into(),
             subdomain: SUBDOMAIN.parse().unwrap(),
             egress: Egress::default(),
             publication: Publication::default(),
         };
-        control.send(&attach, &[channel.as_fd()]).await;
-        let place = Arc::new(guest.namespace().try_clone().unwrap());
-        let guest = Arc::new(guest);
-        let control = tokio::spawn(agent::serve(control, Arc::clone(&guest)));
-        Self {
-            dir,
-            key: certificate.spki,
-            control,
-            guest,
-            place,
-            _proxy: proxy,
-        }
+        self.control.send(&attach, &[channel.as_fd()]).await;
+        let guest = Arc::clone(&self.guest);
+        self.running.send_replace(Some((self.generation, guest)));
+    }
+
+    /// The VM ends, with its servers, and another start of it begins: it is reached once the channel
+    /// is attached.
+    pub(crate) async fn stop(&mut self, servers: Program) -> OwnedFd {
+        let vm = "vm-1234abcd".parse().unwrap();
+        let generation = self.generation;
+        self.running.send_replace(None);
+        self.control.send(&DetachVm { vm, generation }, &[]).await;
+        drop(servers);
+        let (guest, channel) = Guest::with_relay(libc::IFF_VNET_HDR, offload::relay);
+        self.place = Arc::new(guest.namespace().try_clone().unwrap());
+        self.guest = Arc::new(guest);
+        channel
     }
 
     /// A directory of the test's own.

@@ -27,8 +27,44 @@ async fn requests_one_after_another_share_a_connection() {
 }
 
 #[tokio::test]
+async fn what_must_not_happen_twice_goes_over_no_connection_that_its_server_may_be_closing() {
+    let world = World::with(|limits| {
+        limits.upstream_idle = crate::support::PATIENCE;
+        limits.upstream_fresh = std::time::Duration::ZERO;
+    })
+    .await;
+    let vm = world.vm_that_tells().await;
+    let made = || world.guests.connections.load(Ordering::SeqCst);
+    let ask = async |method: Method| {
+        let mut sender = world.http1(&vm.host()).await;
+        let request = Request::builder().method(method).header("host", vm.host());
+        let answer = sender.send_request(request.body(empty()).unwrap());
+        let got = Got::of(soon("an answer", answer).await.unwrap()).await;
+        assert_eq!(got.status.as_u16(), 200);
+    };
+    // A connection that waits.
+    soon("a pooled connection", async {
+        loop {
+            let before = made();
+            ask(Method::GET).await;
+            if made() == before {
+                break;
+            }
+        }
+    })
+    .await;
+    let before = made();
+    ask(Method::POST).await;
+    assert_eq!(made(), before + 1);
+}
+
+#[tokio::test]
 async fn a_connection_that_waited_in_vain_is_replaced_unless_something_could_happen_twice() {
-    let world = World::with(|limits| limits.upstream_idle = crate::support::PATIENCE).await;
+    let world = World::with(|limits| {
+        limits.upstream_idle = crate::support::PATIENCE;
+        limits.upstream_fresh = crate::support::PATIENCE;
+    })
+    .await;
     let vm = world.vm();
     let seen = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&seen);
