@@ -8,6 +8,8 @@ mod body;
 mod connection;
 mod forward;
 mod framing;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod guests;
 mod headers;
 pub mod limits;

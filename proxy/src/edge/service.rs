@@ -90,6 +90,10 @@ pub(crate) fn call<G: Guests>(
         .signals
         .as_ref()
         .and_then(|signals| signals.malformed());
+    #[cfg(any(test, fuzzing))]
+    if let (Some(signals), None) = (&connection.signals, &malformed) {
+        signals.compare(request.method(), request.uri());
+    }
     let in_flight = InFlight::begin(connection);
     let core = Arc::clone(core);
     async move {
