@@ -128,7 +128,10 @@ impl Program {
                 break;
             }
             let (name, value) = field(&line)?;
+            // Programs that take `_` for `-` do so for claims, not for where a request ends.
+            let claim = name.starts_with("x-") || name == "forwarded";
             match name.as_str() {
+                _ if !claim && line.split(':').next().is_some_and(|raw| raw.contains('_')) => {}
                 "host" => {
                     hosts += 1;
                     let name = value.rsplit_once(':').map_or(value, |(name, _)| name);
