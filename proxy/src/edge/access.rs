@@ -8,19 +8,18 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use http::header::{AUTHORIZATION, COOKIE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use http::{HeaderMap, HeaderValue, Method};
 use protocol::id::Subdomain;
 use protocol::network::Publication;
 use tokio::time::Instant;
 
+use super::headers::SUPVM_TOKEN;
 use super::pages::Page;
 use crate::api::strangers::network;
 
 /// The cookie's name. Browsers take a name that begins like this only from the very host that it
 /// is sent back to, so no VM can set it for another.
 const COOKIE_NAME: &str = "__Host-supvm";
-
-const TOKEN: HeaderName = HeaderName::from_static("x-supvm-token");
 
 /// The field of a query that carries the token.
 const QUERY: &str = "supvm_token";
@@ -32,7 +31,10 @@ const NETWORKS: usize = 4_096;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// It goes on.
-    Enter,
+    Enter {
+        /// Path and query without a token, where there was one.
+        target: Option<String>,
+    },
     /// The visitor came by the link: it gets this cookie and comes again by this path.
     Trade {
         /// `Set-Cookie`.
@@ -61,20 +63,31 @@ pub(crate) fn check(
     tries: &Tries,
 ) -> Verdict {
     let cookie = take_cookie(headers);
-    let shown = headers.remove(TOKEN);
+    let shown = headers.remove(SUPVM_TOKEN);
+    let (link, rest) = link(knock.target).unzip();
+    let enter = |target| Verdict::Enter { target };
     let Some(hash) = publication.token else {
-        return Verdict::Enter;
+        return enter(rest);
     };
     let expected = blake3::Hash::from_bytes(hash);
+    let right = |token: &[u8]| blake3::hash(token) == expected;
     // The comparisons take the same time wherever the difference is.
     if cookie.is_some_and(|cookie| {
         blake3::Hash::from_hex(cookie).is_ok_and(|cookie| cookie == ticket(&hash, knock.subdomain))
     }) {
-        return Verdict::Enter;
+        // Who shows the token beside the cookie does not show it to the guest.
+        if headers
+            .get(AUTHORIZATION)
+            .and_then(bearer)
+            .is_some_and(right)
+        {
+            headers.remove(AUTHORIZATION);
+        }
+        return enter(rest);
     }
-    let right = |token: &[u8]| blake3::hash(token) == expected;
     let bearer = headers.get(AUTHORIZATION).and_then(bearer);
-    let link = link(knock);
+    let read = knock.method == Method::GET || knock.method == Method::HEAD;
+    let link = link.filter(|_| read);
     let any = shown.is_some() || bearer.is_some() || link.is_some();
     if !any {
         return Verdict::Refuse(Page::Unauthorized);
@@ -82,14 +95,14 @@ pub(crate) fn check(
     if !tries.allowed(knock.address) {
         return Verdict::Refuse(Page::TooManyTries);
     }
-    if shown.is_some_and(|token| right(token.as_bytes())) {
-        return Verdict::Enter;
-    }
-    if bearer.is_some_and(right) {
+    let bearer = bearer.is_some_and(right);
+    if bearer {
         headers.remove(AUTHORIZATION);
-        return Verdict::Enter;
     }
-    if let Some((token, target)) = link
+    if bearer || shown.is_some_and(|token| right(token.as_bytes())) {
+        return enter(rest);
+    }
+    if let (Some(token), Some(target)) = (link, rest)
         && right(token.as_bytes())
     {
         let ticket = ticket(&hash, knock.subdomain).to_hex();
@@ -120,11 +133,8 @@ fn bearer(value: &HeaderValue) -> Option<&[u8]> {
 }
 
 /// The token of a link, and path and query without it.
-fn link(knock: &Knock<'_>) -> Option<(String, String)> {
-    if knock.method != Method::GET && knock.method != Method::HEAD {
-        return None;
-    }
-    let (path, query) = knock.target.split_once('?')?;
+fn link(target: &str) -> Option<(String, String)> {
+    let (path, query) = target.split_once('?')?;
     let mut token = None;
     let rest: Vec<&str> = query
         .split('&')
@@ -232,6 +242,7 @@ impl Tries {
 mod tests {
     use super::*;
 
+    const ENTER: Verdict = Verdict::Enter { target: None };
     const NAME: &str = "abcdefghijklmnopqrst";
 
     fn knock(target: &str, fields: &[(&str, &str)], tries: &Tries) -> (Verdict, HeaderMap) {
@@ -241,7 +252,7 @@ mod tests {
         };
         let mut headers = HeaderMap::new();
         for (name, value) in fields {
-            let name: HeaderName = name.parse().unwrap();
+            let name: http::HeaderName = name.parse().unwrap();
             headers.append(name, HeaderValue::try_from(*value).unwrap());
         }
         let knock = Knock {
@@ -262,15 +273,15 @@ mod tests {
     fn the_token_opens_and_the_guest_does_not_see_it() {
         let tries = tries();
         let (verdict, headers) = knock("/", &[("x-supvm-token", "secret")], &tries);
-        assert_eq!((verdict, headers.len()), (Verdict::Enter, 0));
+        assert_eq!((verdict, headers.len()), (ENTER, 0));
         let (verdict, headers) = knock("/", &[("authorization", "bearer secret")], &tries);
-        assert_eq!((verdict, headers.len()), (Verdict::Enter, 0));
+        assert_eq!((verdict, headers.len()), (ENTER, 0));
         let own = [
             ("authorization", "Bearer mine"),
             ("x-supvm-token", "secret"),
         ];
         let (verdict, headers) = knock("/", &own, &tries);
-        assert_eq!(verdict, Verdict::Enter);
+        assert_eq!(verdict, ENTER);
         assert_eq!(headers["authorization"], "Bearer mine", "the guest's own");
         let (verdict, _) = knock("/", &[], &tries);
         assert_eq!(verdict, Verdict::Refuse(Page::Unauthorized));
@@ -292,7 +303,7 @@ mod tests {
         assert!(!pair.contains("secret") && !pair.contains(hash.as_str()));
         let cookies = format!("a=1; {pair};b=2");
         let (verdict, headers) = knock("/", &[("cookie", &cookies), ("cookie", "c=3")], &tries);
-        assert_eq!(verdict, Verdict::Enter);
+        assert_eq!(verdict, ENTER);
         assert_eq!(headers["cookie"], "a=1; b=2; c=3");
         assert_eq!(headers.get_all("cookie").iter().count(), 1);
         let (verdict, _) = knock("/?supvm_token=wrong", &[], &tries);

@@ -119,7 +119,13 @@ impl Body for Upload {
             return Poll::Ready(None);
         };
         let frame = ready!(Pin::new(inner).poll_frame(cx));
-        Poll::Ready(frame.map(|frame| frame.map_err(UploadError::Visitor)))
+        Poll::Ready(frame.map(|frame| {
+            let mut frame = frame.map_err(UploadError::Visitor)?;
+            if let Some(trailers) = frame.trailers_mut() {
+                headers::trailers_to_guest(trailers);
+            }
+            Ok(frame)
+        }))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -8,6 +8,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
@@ -46,11 +47,27 @@ pub(crate) async fn serve<G: Guests>(
         // The edge offers nothing else.
         Some(_) => return,
     };
+    let name = session.server_name().and_then(host_name);
+    speak(core, stream, http2, name, peer, place).await;
+}
+
+/// The same for a stream whose handshake, if there was one, gave `name`.
+pub(super) async fn speak<G, T>(
+    core: Arc<Core<G>>,
+    stream: T,
+    http2: bool,
+    name: Option<String>,
+    peer: SocketAddr,
+    place: Place,
+) where
+    G: Guests,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let signals = (!http2).then(|| Arc::new(Signals::default()));
     let activity = Arc::new(Activity::new());
     let connection = Arc::new(Connection {
         peer,
-        name: session.server_name().and_then(host_name),
+        name,
         activity: Arc::clone(&activity),
         signals: signals.clone(),
         place,

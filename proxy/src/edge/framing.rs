@@ -128,6 +128,8 @@ pub(crate) struct Chunks {
     /// The size that is being read.
     size: u64,
     digits: u8,
+    /// The last byte was a carriage return.
+    carriage: bool,
     ended: bool,
 }
 
@@ -175,6 +177,12 @@ impl Chunks {
         self.line = self.line.saturating_add(1);
         if self.line > CHUNK_LINE {
             return Err(Malformed::Bad("a line in a chunked body that is too long"));
+        }
+        // A reader who takes a bare line feed for the end of a line, and one who does not, would
+        // disagree about where the body ends.
+        let after = std::mem::replace(&mut self.carriage, byte == b'\r');
+        if after != (byte == b'\n') {
+            return Err(Malformed::Bad("a line in a chunked body without CR LF"));
         }
         match (self.state, byte) {
             (Chunk::Size, byte) if byte.is_ascii_hexdigit() => {
@@ -318,6 +326,12 @@ mod tests {
             b"-5\r\n",
             b"10000000000000000\r\n",
             b"3\r\nabc\r\r\n",
+            b"3\nabc\r\n",
+            b"3;a\nabc\r\n",
+            b"3\r\nabc\n",
+            b"0\r\n\n",
+            b"0\r\nX: y\n\r\n",
+            b"0\r\nX: y\rZ: 1\r\n\r\n",
         ] {
             assert!(follow(bad).is_err(), "{bad:?}");
         }

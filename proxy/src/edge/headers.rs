@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-    TRANSFER_ENCODING, UPGRADE, VIA,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
 
@@ -14,14 +14,12 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// In which a visitor shows the token of a VM.
+pub(crate) const SUPVM_TOKEN: HeaderName = HeaderName::from_static("x-supvm-token");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Fields that the fields of one connection never are, whatever `Connection` lists.
-const END_TO_END: [HeaderName; 3] = [
-    HOST,
-    http::header::CONTENT_LENGTH,
-    http::header::CONTENT_TYPE,
-];
+const END_TO_END: [HeaderName; 3] = [HOST, CONTENT_LENGTH, http::header::CONTENT_TYPE];
 
 /// How a request goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +75,24 @@ pub(crate) fn to_guest(headers: &mut HeaderMap, origin: &Origin, hop: Hop) {
                 headers.insert(TE, HeaderValue::from_static("trailers"));
             }
         }
+    }
+}
+
+/// Removes from a visitor's trailers what may not stand there (RFC 9110, 6.5.1): a program that
+/// joins them with the header would otherwise believe them.
+pub(crate) fn trailers_to_guest(trailers: &mut HeaderMap) {
+    remove_hop(trailers);
+    remove_claims(trailers);
+    for name in [
+        HOST,
+        VIA,
+        EXPECT,
+        CONTENT_LENGTH,
+        AUTHORIZATION,
+        COOKIE,
+        SUPVM_TOKEN,
+    ] {
+        trailers.remove(name);
     }
 }
 

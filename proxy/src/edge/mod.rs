@@ -9,6 +9,8 @@ pub mod challenges;
 mod connection;
 mod forward;
 mod framing;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod guests;
 mod headers;
 pub mod limits;

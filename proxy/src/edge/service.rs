@@ -90,6 +90,10 @@ pub(crate) fn call<G: Guests>(
         .signals
         .as_ref()
         .and_then(|signals| signals.malformed());
+    #[cfg(any(test, fuzzing))]
+    if let (Some(signals), None) = (&connection.signals, &malformed) {
+        signals.compare(request.method(), request.uri());
+    }
     let in_flight = InFlight::begin(connection);
     let core = Arc::clone(core);
     async move {
@@ -159,7 +163,7 @@ async fn respond<G: Guests>(
     let (mut head, body) = request.into_parts();
     sound(&head, core.limits.header_fields, core.limits.head_bytes)?;
     let hop = hop(&head)?;
-    let asked = asked(&head, connection.peer.ip())?;
+    let mut asked = asked(&head, connection.peer.ip())?;
     let name = connection.name.as_ref();
     if name.is_some_and(|name| *name != asked.host) {
         return Err(Page::Misdirected);
@@ -179,7 +183,13 @@ async fn respond<G: Guests>(
         subdomain: &subdomain,
     };
     match check(&publication, &knock, &mut head.headers, &core.tries) {
-        Verdict::Enter => {}
+        Verdict::Enter { target: None } => {}
+        Verdict::Enter {
+            target: Some(target),
+        } => {
+            let path = PathAndQuery::try_from(target);
+            asked.path = path.map_err(|_| Page::BadRequest("an unusual address"))?;
+        }
         Verdict::Trade { cookie, target } => return trade(&asked, &cookie, &target),
         Verdict::Refuse(page) => return Err(page),
     }
@@ -226,6 +236,17 @@ async fn forward<G: Guests>(
 ) -> Result<Response<Answer>, Page> {
     to_guest(&mut head.headers, &asked.origin, hop);
     let body = Upload::new(body);
+    if body.is_empty() {
+        // The guest would wait for a body, and take the next request for it.
+        let none = |length: &HeaderValue| length.as_bytes().iter().all(|digit| *digit == b'0');
+        if !head.headers.get(CONTENT_LENGTH).is_none_or(none) {
+            return Err(Page::BadRequest("a Content-Length without a body"));
+        }
+    } else if hop == Hop::Plain && !head.headers.contains_key(CONTENT_LENGTH) {
+        // hyper would leave a body of unknown length out of a GET.
+        let chunked = HeaderValue::from_static("chunked");
+        head.headers.insert(TRANSFER_ENCODING, chunked);
+    }
     let expected = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"100-continue");
     let gate =
         (hop == Hop::Plain && !body.is_empty() && head.headers.get(EXPECT).is_some_and(expected))

@@ -35,6 +35,9 @@ pub(crate) struct Signals {
     tunnel: AtomicBool,
     /// The head that is coming in took too long.
     expired: AtomicBool,
+    /// The first lines of the heads that hyper has not parsed yet.
+    #[cfg(any(test, fuzzing))]
+    judged: Mutex<std::collections::VecDeque<Vec<u8>>>,
 }
 
 impl Signals {
@@ -44,6 +47,22 @@ impl Signals {
             .malformed
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request that hyper has parsed is the one that was judged.
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::panic)]
+    pub(crate) fn compare(&self, method: &http::Method, uri: &http::Uri) {
+        let mut judged = self.judged.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = judged.pop_front().unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let seen = format!("{method} {uri}");
+        let same = line.starts_with(method.as_str())
+            && line.split(' ').nth(1).is_some_and(|target| {
+                let target = target.split('#').next().unwrap_or_default();
+                target.ends_with(uri.path()) || target.contains(uri.path())
+            });
+        assert!(same, "hyper took {seen} for a request, judged was {line:?}");
     }
 
     /// What follows the current head is no HTTP.
@@ -137,6 +156,15 @@ impl<T> Visitor<T> {
                             Framing::Length(length) => State::Length(length),
                             Framing::Chunked => State::Chunked(Chunks::default()),
                         };
+                        #[cfg(any(test, fuzzing))]
+                        {
+                            let line = head.split(|byte| matches!(byte, b'\r' | b'\n'));
+                            let line = line.take(1).flatten().copied().collect();
+                            let judged = self.signals.judged.lock();
+                            judged
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .push_back(line);
+                        }
                         self.out = head;
                         self.at = 0;
                     }

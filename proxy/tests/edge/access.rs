@@ -90,3 +90,42 @@ async fn who_tries_too_often_waits_and_others_do_not() {
         200
     );
 }
+
+#[tokio::test]
+async fn a_token_shown_in_two_ways_at_once_is_hidden_in_both() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    world.token(&vm, "secret");
+    let host = vm.host();
+    let link = "/x?supvm_token=secret&a=1";
+    let mut sender = world.http1(&host).await;
+    let request = Request::get(link).header("host", &host);
+    let sending = sender.send_request(request.body(empty()).unwrap());
+    let got = Got::of(soon("an answer", sending).await.unwrap()).await;
+    let cookie = got.headers["set-cookie"].to_str().unwrap();
+    let (cookie, _) = cookie.split_once(';').unwrap();
+    for fields in [
+        [("cookie", cookie), ("authorization", "Bearer secret")],
+        [
+            ("x-supvm-token", "secret"),
+            ("authorization", "Bearer secret"),
+        ],
+    ] {
+        for method in ["GET", "POST"] {
+            let mut request = Request::builder().method(method).uri(link);
+            for (name, value) in [("host", host.as_str())].iter().chain(&fields) {
+                request = request.header(*name, *value);
+            }
+            let mut sender = world.http1(&host).await;
+            let sending = sender.send_request(request.body(empty()).unwrap());
+            let got = Got::of(soon("an answer", sending).await.unwrap()).await;
+            assert_eq!(got.status.as_u16(), 200, "{fields:?}");
+            assert!(
+                got.body.starts_with(&format!("{method} /x?a=1 ")),
+                "{}",
+                got.body
+            );
+            assert!(!got.body.contains("secret"), "{fields:?}: {}", got.body);
+        }
+    }
+}

@@ -457,3 +457,67 @@ async fn a_panic_ends_one_connection_and_is_counted() {
         200
     );
 }
+
+#[tokio::test]
+async fn what_follows_a_bare_line_feed_in_a_chunked_body_is_never_a_request() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    let host = vm.host();
+    // One reader ends the body at the line feed and takes the last lines for the body of a second
+    // request; the other takes the second request for trailers and the last lines for a request.
+    let hidden = format!("GET /hidden HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    let length = hidden.len();
+    for end in ["0\r\n\n", "0\r\nX: y\n\r\n"] {
+        let message = format!(
+            "POST /a HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n{end}\
+             POST /b HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{hidden}"
+        );
+        let answer = world.raw(&host, message.as_bytes()).await;
+        assert!(!answer.contains(" /hidden "), "{end:?}: {answer}");
+        assert!(!answer.contains(" /b "), "{end:?}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn trailers_claim_nothing_that_header_fields_may_not() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    let host = vm.host();
+    let message = format!(
+        "POST / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\
+         Trailer: X-Forwarded-For, X_Real_IP, X-Supvm-Token, Cookie, Via, X-Sum\r\n\r\n\
+         2\r\nhi\r\n0\r\nX-Forwarded-For: 10.0.0.1\r\nX_Real_IP: 10.0.0.1\r\n\
+         X-Supvm-Token: secret\r\nCookie: a=1\r\nVia: 1.1 evil\r\nX-Sum: 7\r\n\r\n"
+    );
+    let answer = world.raw(&host, message.as_bytes()).await;
+    assert!(answer.contains("trailer x-sum: 7"), "{answer}");
+    assert_eq!(answer.matches("\ntrailer ").count(), 1, "{answer}");
+}
+
+#[tokio::test]
+async fn a_length_without_a_body_does_not_swallow_the_next_request() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    let mut sender = world.http2(&vm.host()).await;
+    let url = |path: &str| format!("https://{}{path}", vm.host());
+    let request = Request::get(url("/short")).header("content-length", "40");
+    let first = soon(
+        "an end",
+        sender.send_request(request.body(empty()).unwrap()),
+    )
+    .await;
+    if let Ok(answer) = first {
+        assert_eq!(answer.status().as_u16(), 400);
+    }
+    let mut sender = world.http2(&vm.host()).await;
+    for path in ["/one", "/two"] {
+        let request = Request::get(url(path)).body(empty()).unwrap();
+        let answer = soon("an answer", sender.send_request(request)).await;
+        let got = Got::of(answer.unwrap()).await;
+        assert!(
+            got.body.starts_with(&format!("GET {path} ")),
+            "{}",
+            got.body
+        );
+    }
+}

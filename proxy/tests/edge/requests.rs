@@ -378,3 +378,18 @@ async fn curl_and_pythons_server_understand_each_other_through_the_edge() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_body_of_unknown_length_is_not_lost_by_any_method() {
+    let world = World::start().await;
+    let vm = world.vm_that_tells().await;
+    let host = vm.host();
+    for method in ["GET", "DELETE", "POST"] {
+        let message = format!(
+            "{method} / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\
+             Connection: close\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+        );
+        let answer = world.raw(&host, message.as_bytes()).await;
+        assert!(answer.contains("\nhello"), "{method}: {answer}");
+    }
+}
