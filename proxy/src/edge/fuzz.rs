@@ -325,6 +325,8 @@ async fn serve(said: &[u8], size: usize) -> usize {
     *edge.core.names.write().unwrap() = Arc::new(Names {
         domain: "vm.test".into(),
         public_port: 443,
+        root: None,
+        custom: std::collections::HashMap::new(),
     });
     let peer: SocketAddr = format!("{PEER}:1").parse().unwrap();
     let place = edge.core.places.take(peer.ip()).unwrap();
