@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 
 use common::program::{interrupt, read_until, run, sup, told};
@@ -48,6 +49,22 @@ async fn standard_input_passes_through_unchanged() {
     writing.await.unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stdout == sent);
+}
+
+#[tokio::test]
+async fn standard_input_that_somebody_made_non_blocking_is_waited_for() {
+    let machine = Machine::start().await;
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let child = sup(&machine, &["exec", VM, "cat"])
+        .stdin(Stdio::from(OwnedFd::from(ours)))
+        .spawn()
+        .unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    std::io::Write::write_all(&mut theirs, b"late").unwrap();
+    drop(theirs);
+    let (code, out, err) = told(soon(child.wait_with_output()).await.unwrap());
+    assert_eq!((code, out.as_str(), err.as_str()), (0, "late", ""));
 }
 
 #[tokio::test]

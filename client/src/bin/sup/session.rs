@@ -2,6 +2,8 @@
 //! as it comes, Ctrl-C or every key to the process. It waits for the process's end and for nothing
 //! else, least of all for our own standard input.
 
+use std::os::fd::AsFd;
+
 use client::protocol::process::ProcessEnded;
 use client::protocol::vm::VmRef;
 use client::{Client, ClientError, Execution, Follow, Input, Output};
@@ -60,6 +62,8 @@ impl Source {
 pub(crate) enum Stop {
     /// Nobody reads our standard output any more.
     ReaderGone,
+    /// Our own output could not be written, say because the disk that it goes to is full.
+    Unwritten(std::io::Error),
     Client(ClientError),
 }
 
@@ -110,6 +114,7 @@ pub(crate) async fn stay(
     match result {
         Ok(()) => {}
         Err(Stop::ReaderGone) => return Ok(READER_GONE),
+        Err(Stop::Unwritten(error)) => return Err(cannot_write(&error)),
         Err(Stop::Client(error)) => return Err(explain(client, vm, &error).await),
     }
     match source.ended() {
@@ -154,20 +159,44 @@ async fn write(out: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), 
         out.write_all(bytes).await?;
         out.flush().await
     };
-    written.await.map_err(|_: std::io::Error| Stop::ReaderGone)
+    written.await.map_err(unwritten)
+}
+
+fn unwritten(error: std::io::Error) -> Stop {
+    match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Stop::ReaderGone,
+        _ => Stop::Unwritten(error),
+    }
+}
+
+fn cannot_write(error: &std::io::Error) -> Complaint {
+    Complaint::new("writing the command's output", error.to_string())
 }
 
 /// Ends with our input or with the command's; either is the command's affair.
 async fn forward_stdin(input: Input, keys: bool, left: tokio::sync::oneshot::Sender<()>) {
     let mut stdin = tokio::io::stdin();
     let mut buffer = vec![0; 64 << 10];
-    while let Ok(count) = stdin.read(&mut buffer).await {
+    loop {
+        let count = match stdin.read(&mut buffer).await {
+            Ok(count) => count,
+            // Somebody who has the same descriptor does not want to wait on it.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let _ = tokio::task::spawn_blocking(wait_for_stdin).await;
+                continue;
+            }
+            Err(error) => {
+                eprintln!("sup: reading the input: {error}");
+                0
+            }
+        };
         let bytes = buffer.get(..count).unwrap_or_default();
         if count == 0 {
             let _ = input.end().await;
             return;
         }
-        if keys && bytes.contains(&LEAVE) {
+        if keys && let Some(end) = bytes.iter().position(|byte| *byte == LEAVE) {
+            let _ = input.write(bytes.get(..end).unwrap_or_default()).await;
             let _ = left.send(());
             return;
         }
@@ -175,6 +204,14 @@ async fn forward_stdin(input: Input, keys: bool, left: tokio::sync::oneshot::Sen
             return;
         }
     }
+}
+
+fn wait_for_stdin() {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let stdin = std::io::stdin();
+    let mut waits = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    // An error is met again by the read.
+    let _ = poll(&mut waits, PollTimeout::NONE);
 }
 
 async fn forward_sizes(input: Input) {
@@ -283,6 +320,20 @@ pub(crate) async fn follow_only(
     match forward_output(&mut source).await {
         Ok(()) => Ok(0),
         Err(Stop::ReaderGone) => Ok(READER_GONE),
+        Err(Stop::Unwritten(error)) => Err(cannot_write(&error)),
         Err(Stop::Client(error)) => Err(explain(client, vm, &error).await),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn output_that_a_full_disk_refuses_is_not_taken_for_a_reader_that_left() {
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let mut full = tokio::fs::File::from_std(full.unwrap());
+        let refused = write(&mut full, b"output").await;
+        assert!(matches!(refused, Err(Stop::Unwritten(_))));
     }
 }

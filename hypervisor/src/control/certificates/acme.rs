@@ -135,11 +135,8 @@ impl Acme {
         name_servers: &[SocketAddr],
         now: SystemTime,
     ) -> Result<(OrderCertificate, KeyPair), AcmeError> {
-        let made = self.make(name_servers);
-        if made.is_err() {
-            self.pause.failed(now);
-        }
-        made
+        self.pause.begun(now);
+        self.make(name_servers)
     }
 
     fn make(&self, name_servers: &[SocketAddr]) -> Result<(OrderCertificate, KeyPair), AcmeError> {

@@ -3,9 +3,11 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::libc;
 use rustls::client::verify_server_name;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -223,7 +225,15 @@ fn bytes(path: &Path) -> Result<Vec<u8>, PairError> {
         cause,
     };
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(unreadable)?;
+    // Something else than a file could keep us waiting for ever.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(unreadable)?;
+    if !file.metadata().map_err(unreadable)?.is_file() {
+        return Err(unreadable(io::Error::other("it is no regular file")));
+    }
     let length = file
         .take(LONGEST.saturating_add(1))
         .read_to_end(&mut bytes)

@@ -48,8 +48,14 @@ impl Pause {
         (self.since <= now && until > now).then_some(until)
     }
 
-    pub(super) fn failed(&mut self, now: SystemTime) {
+    /// An order is begun: until it goes well it counts as failed, be it that nobody lives to say so.
+    pub(super) fn begun(&mut self, now: SystemTime) {
         self.failures = self.failures.saturating_add(1);
+        self.failed(now);
+    }
+
+    /// An order that was begun has failed: the pause is counted from now on.
+    pub(super) fn failed(&mut self, now: SystemTime) {
         self.since = now;
         let since = now.duration_since(SystemTime::UNIX_EPOCH);
         let text = format!(
@@ -85,6 +91,7 @@ mod tests {
             .into_iter()
             .enumerate()
         {
+            pause.begun(start - minutes(1));
             pause.failed(start);
             assert_eq!(
                 pause.until(start),

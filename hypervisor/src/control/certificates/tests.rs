@@ -148,6 +148,11 @@ fn a_pair_that_clients_would_refuse_is_refused_with_its_reason() {
     assert!(message(&place).contains("at most 16 certificates"));
     place.write(&format!("{chain}{}", " ".repeat(1 << 20)), &key);
     assert!(message(&place).contains("at most 1 MiB"));
+    place.write(&chain, &key);
+    fs::remove_file(&place.files.key).unwrap();
+    nix::unistd::mkfifo(&place.files.key, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(message(&place).contains("no regular file"));
+    fs::remove_file(&place.files.key).unwrap();
     let made = KeyPair::generate().unwrap();
     for (names, from, until, expected) in [
         (&NAMES[..1], -1, 90, "not for *.vms.example.org"),
@@ -496,4 +501,19 @@ async fn what_has_expired_is_shown_no_longer() {
     let leaf = certificates.leaf(&[]).unwrap();
     assert_eq!(leaf.chain[1], certificates.beside().authority);
     assert!(certificates.until(until) > until + Duration::from_secs(86_400));
+}
+
+#[tokio::test]
+async fn an_order_that_nobody_lives_to_answer_is_not_repeated_at_once() {
+    let place = place();
+    fs::write(place.directory.path().join("tsig"), "c2VjcmV0").unwrap();
+    let settings = acme_settings(&place);
+    let certificates = opened(&place, &settings);
+    certificates.order(0, &[]).unwrap();
+    // Proxy died.
+    certificates.begin();
+    assert!(!is_due(&certificates));
+    // Control died, too.
+    drop(certificates);
+    assert!(!is_due(&opened(&place, &settings)));
 }
