@@ -80,9 +80,10 @@ async fn measure() {
     if wanted("requests") {
         return;
     }
-    let edge = {
+    let (edge, beside) = {
         let whole = Whole::start(directory.path()).await;
-        idle(whole.address, &whole.names, each, || whole.memory()).await
+        let grown = idle(whole.address, &whole.names, each, || whole.memory()).await;
+        (grown, flood(directory.path(), &whole).await)
     };
     let nginx = {
         let nginx = Nginx::start(directory.path(), backend).await;
@@ -95,6 +96,26 @@ async fn measure() {
         VMS * each,
         edge / nginx
     );
+    println!("\n| One VM by edge and gateway | alone | beside a VM that floods | alone / beside |");
+    println!("|---|---|---|---|");
+    let [rates, lasts] = beside;
+    row("HTTP/1.1, requests per second", "", rates);
+    row("HTTP/1.1, 99th percentile", " ms", lasts);
+}
+
+/// Requests to one VM, by turns alone and beside another that sends what it can.
+async fn flood(directory: &std::path::Path, whole: &Whole) -> [[Vec<f64>; 2]; 2] {
+    let mut values: [[Vec<f64>; 2]; 2] = Default::default();
+    for _ in 0..ROUNDS {
+        for beside in [false, true] {
+            let flood = beside.then(|| whole.flood());
+            let (rate, last) = clients::h2load(directory, &whole.target(1), true).await;
+            drop(flood);
+            values[0][usize::from(beside)].push(rate);
+            values[1][usize::from(beside)].push(last);
+        }
+    }
+    values
 }
 
 async fn requests(directory: &std::path::Path, targets: &[Target; 2], http1: bool) {

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use protocol::host::proxy::{AttachVm, Serve, ServeEdge, ServeGateway};
@@ -271,7 +272,7 @@ pub(crate) struct Whole {
     /// The VMs' names.
     pub(crate) names: Vec<String>,
     _control: common::Control,
-    _guests: Vec<net::Guest>,
+    guests: Vec<net::Guest>,
 }
 
 impl Whole {
@@ -332,12 +333,54 @@ impl Whole {
             address,
             names,
             _control: control,
-            _guests: guests,
+            guests,
         }
     }
 
     pub(crate) fn memory(&self) -> f64 {
         self.process.memory()
+    }
+
+    pub(crate) fn target(&self, vm: usize) -> Target {
+        Target {
+            address: self.address,
+            name: self.names[vm].clone(),
+        }
+    }
+
+    /// The first VM sends datagrams and opens connections to all the world, until this is dropped.
+    pub(crate) fn flood(&self) -> Flood {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let namespace = self.guests[0].namespace().try_clone().unwrap();
+        std::thread::spawn(move || {
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            // Its own work is a guest's, which has its own processors: only what it makes proxy do
+            // is to be felt.
+            // SAFETY: the call takes numbers; 0 is the calling thread.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+            let datagrams = std::net::UdpSocket::bind("10.213.0.2:0").unwrap();
+            let mut number = 1_u32;
+            while !stopped.load(Ordering::Relaxed) {
+                number = number.wrapping_mul(0x9e37_79b1).wrapping_add(1);
+                let to = std::net::Ipv4Addr::from(number | 0x0800_0000);
+                // What cannot be sent is not sent.
+                let _ = datagrams.send_to(&[7; 600], (to, 9));
+                if number.is_multiple_of(8) {
+                    servers::syn(SocketAddr::from((to, 80)));
+                }
+            }
+        });
+        Flood(stop)
+    }
+}
+
+/// Ends the flood.
+pub(crate) struct Flood(Arc<AtomicBool>);
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

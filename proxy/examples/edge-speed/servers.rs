@@ -67,3 +67,15 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         stream.write_all(&said).await?;
     }
 }
+
+/// Begins a connection and takes it back.
+pub(crate) fn syn(to: SocketAddr) {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    if let Ok(socket) = socket(AddressFamily::Inet, SockType::Stream, flags, None) {
+        let _ = connect(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            &SockaddrStorage::from(to),
+        );
+    }
+}
