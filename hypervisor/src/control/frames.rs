@@ -422,7 +422,26 @@ impl LineGuard {
             Has::Same => {}
             Has::This(generation) => drop(attached.insert(vm.clone(), generation)),
             Has::None => drop(attached.remove(vm)),
+            Has::NotYet => {
+                attached.remove(vm);
+                drop(state);
+                self.again(vm.clone());
+            }
         }
+    }
+
+    /// Looks at a VM once more after a pause.
+    fn again(&self, vm: VmId) {
+        let (frames, number) = (self.frames.clone(), self.number);
+        tokio::spawn(async move {
+            sleep(AGAIN).await;
+            let mut state = frames.state();
+            let line = state.line.as_mut().filter(|line| line.number == number);
+            let Some(line) = line else { return };
+            line.open.insert(vm);
+            drop(state);
+            frames.0.work.notify_waiters();
+        });
     }
 }
 
@@ -431,6 +450,8 @@ enum Has {
     Same,
     This(u64),
     None,
+    /// Nothing, and nothing that follows would change that by itself.
+    NotYet,
 }
 
 async fn take(channel: &Channel, vm: &VmId, step: Step) -> Result<Has, ChannelError> {
@@ -459,8 +480,8 @@ async fn take(channel: &Channel, vm: &VmId, step: Step) -> Result<Has, ChannelEr
             ) {
                 Ok(pair) => pair,
                 Err(error) => {
-                    tracing::error!(%vm, %error, "no frame channel");
-                    return Ok(Has::None);
+                    tracing::error!(%vm, %error, "no frame channel; tried again");
+                    return Ok(Has::NotYet);
                 }
             };
             let told = timeout(MONITOR, monitor.attach_frames(theirs.as_fd())).await;
@@ -469,12 +490,12 @@ async fn take(channel: &Channel, vm: &VmId, step: Step) -> Result<Has, ChannelEr
                 // It ends, or is found again: either way more follows.
                 Ok(Err(MonitorError::Gone | MonitorError::Channel(_))) => return Ok(Has::None),
                 Ok(Err(error)) => {
-                    tracing::error!(%vm, %error, "no frame channel");
-                    return Ok(Has::None);
+                    tracing::error!(%vm, %error, "no frame channel; tried again");
+                    return Ok(Has::NotYet);
                 }
                 Err(_) => {
-                    tracing::error!(%vm, "its monitor takes no frame channel");
-                    return Ok(Has::None);
+                    tracing::error!(%vm, "its monitor takes no frame channel; tried again");
+                    return Ok(Has::NotYet);
                 }
             }
             let attach = AttachVm {
@@ -502,5 +523,29 @@ impl Drop for ForgetCount<'_> {
         if let Some(line) = &mut self.frames.state().line {
             line.counting.remove(&self.ticket);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_channel_that_could_not_be_made_is_tried_again_and_nobody_waits_for_it() {
+        let (ours, _proxy) = Channel::pair().unwrap();
+        let frames = Frames::default();
+        let line = frames.begin(&Arc::new(ours)).await.unwrap();
+        let nothing = Attached {
+            vms: Vec::new(),
+            more: false,
+        };
+        line.listed(nothing).await.unwrap();
+        let vm = "vm-1234abcd".parse().unwrap();
+        let work = frames.0.work.notified();
+        line.note(&vm, Has::NotYet);
+        assert!(frames.state().is_settled(&vm));
+        let rung = timeout(AGAIN.saturating_mul(20), work).await;
+        rung.expect("it is forgotten");
+        assert!(!frames.state().is_settled(&vm));
     }
 }
