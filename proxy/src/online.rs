@@ -11,6 +11,7 @@ use protocol::{ErrorBody, ErrorCode};
 use tokio::net::UnixStream;
 use tokio_util::either::Either;
 
+use crate::Quiet;
 use crate::dial::{DialError, dial};
 use crate::edge::guests::{ConnectError, Guest, Guests, Refusal};
 use crate::gateway::{self, Checksums, Common, GuestStream, Stack, StackSettings};
@@ -148,7 +149,14 @@ fn refusal(error: ErrorBody) -> Refusal {
         ErrorCode::BootTimeout => Refusal::StartTimeout,
         ErrorCode::Busy => Refusal::Busy,
         ErrorCode::Unavailable => Refusal::Unavailable,
-        // Its detail is the console's end, which is for the owner alone.
-        _ => Refusal::StartFailed(error.message),
+        // Why is for the owner, who learns it by a start of his own, and for the log.
+        _ => {
+            static QUIET: Quiet = Quiet::new();
+            if let Some(left_out) = QUIET.allow() {
+                let message = error.message;
+                tracing::warn!(%message, left_out, "no VM for a visitor");
+            }
+            Refusal::StartFailed
+        }
     }
 }

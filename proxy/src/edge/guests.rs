@@ -59,9 +59,9 @@ pub enum Refusal {
     /// The VM is stopped and its owner does not want it started by visitors.
     #[error("the VM is stopped and does not start by itself")]
     Stopped,
-    /// The VM did not start, and why.
-    #[error("the VM did not start: {0}")]
-    StartFailed(String),
+    /// The VM did not start.
+    #[error("the VM did not start")]
+    StartFailed,
     /// The VM is not up within the limit for that.
     #[error("the VM took too long to start")]
     StartTimeout,

@@ -48,7 +48,7 @@ pub(crate) enum Page {
     /// The VM is stopped.
     Stopped,
     /// The VM did not start.
-    StartFailed(String),
+    StartFailed,
     /// The VM did not start in time.
     StartTimeout,
     /// Too many requests or connections.
@@ -62,7 +62,7 @@ impl From<Refusal> for Page {
         match refusal {
             Refusal::Unknown => Self::NotFound,
             Refusal::Stopped => Self::Stopped,
-            Refusal::StartFailed(why) => Self::StartFailed(why),
+            Refusal::StartFailed => Self::StartFailed,
             Refusal::StartTimeout => Self::StartTimeout,
             Refusal::Busy => Self::TooMany,
             Refusal::Unavailable => Self::Unavailable,
@@ -117,7 +117,7 @@ impl Page {
             Self::BadAnswer => (S::BAD_GATEWAY, "bad_answer", "The answer is no HTTP"),
             Self::NoAnswer => (S::GATEWAY_TIMEOUT, "no_answer", "The VM does not answer"),
             Self::Stopped => (S::SERVICE_UNAVAILABLE, "stopped", "This VM is stopped"),
-            Self::StartFailed(_) => (
+            Self::StartFailed => (
                 S::SERVICE_UNAVAILABLE,
                 "start_failed",
                 "This VM did not start",
@@ -170,7 +170,7 @@ impl Page {
             }
             Self::NoAnswer => "Look at the VM's load and its firewall, then try again.".into(),
             Self::Stopped => "Its owner has to start it: `sup start`.".into(),
-            Self::StartFailed(why) => format!("Starting it ended with: {why}"),
+            Self::StartFailed => "`sup start` tells its owner why.".into(),
             Self::StartTimeout => "Try again in a moment.".into(),
             Self::TooMany => {
                 "The VM, or your network, has all the connections it may have. Try again soon."
@@ -294,9 +294,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_vm_says_is_escaped_in_a_page() {
-        let page = Page::StartFailed("<script>alert('&\"')</script>".into());
-        let html = page.html("a", &page.message());
+    fn what_a_page_says_is_escaped() {
+        let html = Page::BadAnswer.html("a", "<script>alert('&\"')</script>");
         assert!(!html.contains("<script>"), "{html}");
         assert!(
             html.contains("&lt;script&gt;alert(&#39;&amp;&quot;&#39;)"),
