@@ -9,6 +9,7 @@ mod guest;
 mod hostile;
 mod net;
 mod net_hostile;
+mod net_rig;
 mod rig;
 mod rng;
 mod storm;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::net::{Net, RX, TX, TX_DATA, frame};
+use crate::net_rig::{Net, RX, TX, TX_DATA, frame};
 use crate::rig::{DATA, EVENT_IDX, INDIRECT, NEXT, STATUS, WRITE};
 
 /// What a driver does wrong on `queue`, where `flag` is the right direction, and what it is told.
