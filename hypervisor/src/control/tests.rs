@@ -5,6 +5,7 @@ mod guests;
 mod lifecycle;
 mod network;
 mod panics;
+mod proxy;
 mod refusals;
 mod restarts;
 mod world;

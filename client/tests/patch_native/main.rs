@@ -3,20 +3,21 @@
 #![cfg(feature = "patch")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "common/native.rs"]
+#[path = "../common/native.rs"]
 mod native;
+mod transfers;
+mod wires;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use client::protocol::vm::VmRef;
 use native::{Appliance, TOKEN};
 use serde_json::{Value, json};
+use wires::*;
 
 /// A limit that only a hang reaches; a server is given up on after twice that.
 const HANG: Duration = Duration::from_secs(30);
@@ -267,65 +268,6 @@ const PNG: &[u8] =
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0\x1f\x15\xc4\x89";
 
 #[test]
-fn files_go_in_and_out_with_their_types_and_errors_have_code_and_path() {
-    let world = World::new();
-    let told = world.told(
-        "const up = vm.uploadStreaming('x'.repeat(3e6), 'deep/down/x'); const seen = [...up.progress()];
-         vm.exec('mkdir dir; head -c 1000 /dev/urandom > random');
-         const rises = (list) => list.every((n, i) => Number.isInteger(n) && (i === 0 || n >= list[i - 1])) && list.at(-1) === 100;
-         const down = vm.downloadStreaming('deep/down/x'); const going = [...down.progress()];
-         const random = vm.download('/workspace/random'); vm.upload(random, 'again');
-         return [up.path, rises(seen), vm.exec('wc -c < deep/down/x').trim(), rises(going), down.result.size, down.wait() === down.result,
-           random instanceof SupFile, vm.exec('cmp random again && stat -c %a again'), vm.upload('text'), vm.cat('file.txt'),
-           thrown(() => vm.cat('none')), thrown(() => vm.download('dir')), thrown(() => vm.upload('x', 'dir')), thrown(() => vm.cat('file.txt/x'))]",
-    );
-    assert_eq!(
-        told,
-        json!([
-            "deep/down/x",
-            true,
-            "3000000",
-            true,
-            3_000_000,
-            true,
-            true,
-            "644\n",
-            "file.txt",
-            "text",
-            ["SupVMFileError", "ENOENT", "/workspace/none"],
-            ["SupVMFileError", "EISDIR", "/workspace/dir"],
-            ["SupVMFileError", "EISDIR", "/workspace/dir"],
-            ["SupVMFileError", "ENOTDIR", "/workspace/file.txt/x"],
-        ])
-    );
-}
-
-#[test]
-fn inputs_become_files_of_the_vm_and_media_of_the_result_files_here() {
-    let world = World::new();
-    let image = world.file("a.png", PNG);
-    let (code, out, said) = world.run(
-        "const vm = sup.vm(); sup.status('working');
-         const path = vm.upload(sup.input.image); const copy = vm.download(path); vm.delete();
-         return [sup.input.text, sup.input.texts.length, sup.chat.id, path, copy instanceof SupImage, copy]",
-        &[
-            "--text", "one", "--text", "two", "--image", image.to_str().unwrap(), "--chat", "c7",
-            "--out", "made",
-        ],
-    );
-    assert_eq!(
-        (code, out.as_str()),
-        (0, "one\n2\nc7\nimage.png\ntrue\nmade/image.png\n"),
-        "{said}"
-    );
-    assert_eq!(said, "working\n");
-    assert_eq!(
-        std::fs::read(world.home.path().join("made/image.png")).unwrap(),
-        PNG
-    );
-}
-
-#[test]
 fn what_was_kept_comes_back_alive_in_the_next_run() {
     let world = World::new();
     let first = world.json(
@@ -536,22 +478,6 @@ fn output_beyond_what_a_log_keeps_is_marked_where_it_is_missing() {
 }
 
 #[test]
-fn sounds_and_films_come_out_as_what_they_are_and_values_of_the_user_stay() {
-    let world = World::new();
-    let told = world.told(
-        "vm.exec(\"printf 'RIFF\\\\044\\\\0\\\\0\\\\0WAVEfmt ' > a; printf '\\\\0\\\\0\\\\0\\\\030ftypisom\\\\0\\\\0\\\\2\\\\0isomiso2' > b\");
-         const [a, b] = [vm.download('a'), vm.downloadStreaming('b').result];
-         sup.user.set('n', { deep: [1n, NaN] });
-         return [a instanceof SupAudio, b instanceof SupVideo, b.mimeType, String(sup.user.get('n').deep), sup.user.keys()]",
-    );
-    assert_eq!(told, json!([true, true, "video/mp4", "1,NaN", ["n"]]));
-    assert_eq!(
-        world.json("return sup.user.keys().concat(sup.chat.keys(), sup.global.keys())"),
-        json!(["n"])
-    );
-}
-
-#[test]
 fn a_lost_connection_in_the_middle_of_a_command_loses_nothing_of_it() {
     let world = World::new();
     let near = world.home.path().join("wire");
@@ -581,168 +507,7 @@ fn a_lost_connection_in_the_middle_of_a_command_loses_nothing_of_it() {
     assert_eq!(told, json!([whole, whole]));
 }
 
-#[test]
-fn an_upload_goes_on_after_a_lost_connection_whatever_its_source() {
-    let world = World::new();
-    let (url, fetches) = serves(LONG);
-    let near = world.home.path().join("wire");
-    let wire = Wire::new(&near, world.appliance.unix());
-    let script = "const vm = sup.vm(); sup.status('go');
-         const path = vm.upload(sup.input.text.startsWith('http') ? sup.input.text : sup.input.text.repeat(1e6), 'long');
-         const handle = vm.uploadStreaming('short', 'next'); const seen = [...handle.progress()];
-         const told = [path, vm.exec('sha256sum < long; ls -A | wc -l'), seen.at(-1)];
-         vm.delete(); return told";
-    let text = "0123456789";
-    for (input, length, first) in [(text, LONG, b'0'), (url.as_str(), LONG, b'x')] {
-        // Of the bytes so many pass: it breaks in the middle of the long one.
-        wire.cut_behind(LONG / 2);
-        let mut command = world.sup(script, &["--json", "--text", input]);
-        let endpoint = format!("unix:{}", near.display());
-        let done = command.env("SUP_ENDPOINT", endpoint).output().unwrap();
-        let said = String::from_utf8_lossy(&done.stderr).into_owned();
-        assert_eq!(said, "go\n");
-        assert!(wire.was_cut(), "nothing was lost");
-        let content = match first {
-            b'x' => vec![b'x'; length],
-            _ => text.repeat(length / 10).into_bytes(),
-        };
-        let told: Value = serde_json::from_slice(&done.stdout).unwrap();
-        let sum = sha256(&content);
-        // Two files, and nothing that is hidden.
-        assert_eq!(told, json!(["long", format!("{sum}  -\n2\n"), 100]));
-    }
-    assert_eq!(fetches.try_iter().count(), 2, "the server was asked again");
-}
-
 const LONG: usize = 10_000_000;
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut child = Command::new("sha256sum")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(bytes).unwrap();
-    let done = child.wait_with_output().unwrap();
-    String::from_utf8(done.stdout).unwrap()[..64].to_owned()
-}
-
-/// A web server whose content is so long, and word of every request.
-fn serves(length: usize) -> (String, mpsc::Receiver<()>) {
-    let (tell, asked) = mpsc::channel();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        for connection in listener.incoming() {
-            let (mut connection, tell) = (connection.unwrap(), tell.clone());
-            std::thread::spawn(move || {
-                let _ = connection.read(&mut [0; 4096]);
-                let _ = tell.send(());
-                let head = format!(
-                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
-                );
-                let _ = connection.write_all(head.as_bytes());
-                // Whoever asks again leaves the first answer where it is.
-                let _ = connection.write_all(&vec![b'x'; length]);
-            });
-        }
-    });
-    (format!("http://{address}/"), asked)
-}
-
-/// Passes bytes on between `sup` and the appliance, until it is cut.
-struct Wire(Arc<Mutex<Cuttable>>);
-
-#[derive(Default)]
-struct Cuttable {
-    ends: Vec<UnixStream>,
-    /// After so many bytes from `sup` it is cut.
-    left: Option<usize>,
-}
-
-impl Cuttable {
-    fn cut(&mut self) -> usize {
-        let ends = std::mem::take(&mut self.ends);
-        for end in &ends {
-            let _ = end.shutdown(Shutdown::Both);
-        }
-        ends.len()
-    }
-
-    fn passes(&mut self, count: usize) {
-        if let Some(left) = &mut self.left {
-            if count > *left {
-                self.left = None;
-                self.cut();
-            } else {
-                *left -= count;
-            }
-        }
-    }
-}
-
-impl Wire {
-    fn new(near: &Path, far: String) -> Self {
-        let listener = UnixListener::bind(near).unwrap();
-        let made = Arc::new(Mutex::new(Cuttable::default()));
-        let kept = Arc::clone(&made);
-        std::thread::spawn(move || {
-            let far = far.strip_prefix("unix:").unwrap();
-            for near in listener.incoming() {
-                let (near, far) = (near.unwrap(), UnixStream::connect(far).unwrap());
-                for (from, to, counts) in [(&near, &far, true), (&far, &near, false)] {
-                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    let kept = Arc::clone(&kept);
-                    std::thread::spawn(move || {
-                        let mut buffer = vec![0; 64 << 10];
-                        while let Ok(count @ 1..) = from.read(&mut buffer) {
-                            if counts {
-                                kept.lock().unwrap().passes(count);
-                            }
-                            if to.write_all(&buffer[..count]).is_err() {
-                                break;
-                            }
-                        }
-                        let _ = to.shutdown(Shutdown::Both);
-                    });
-                }
-                kept.lock().unwrap().ends.extend([near, far]);
-            }
-        });
-        Self(made)
-    }
-
-    fn cut_behind(&self, bytes: usize) {
-        self.0.lock().unwrap().left = Some(bytes);
-    }
-
-    fn was_cut(&self) -> bool {
-        self.0.lock().unwrap().left.is_none()
-    }
-
-    /// Says how many ends there were.
-    fn cut(&self) -> usize {
-        self.0.lock().unwrap().cut()
-    }
-}
-
-/// A web server that answers with this and then says nothing more; and when it has.
-fn stalls(answer: &'static str) -> (String, mpsc::Receiver<()>) {
-    let (tell, answered) = mpsc::channel();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        let mut kept = Vec::new();
-        for connection in listener.incoming() {
-            let mut connection = connection.unwrap();
-            let _ = connection.read(&mut [0; 4096]);
-            connection.write_all(answer.as_bytes()).unwrap();
-            kept.push(connection);
-            let _ = tell.send(());
-        }
-    });
-    (format!("http://{address}/x"), answered)
-}
 
 #[test]
 fn an_interrupt_ends_the_wait_for_a_server_that_says_nothing() {
@@ -771,16 +536,6 @@ fn an_interrupt_ends_the_wait_for_a_server_that_says_nothing() {
             assert_eq!(code, Some(130), "{call} {answer:?}");
         }
     }
-}
-
-#[test]
-fn what_is_longer_than_any_fetch_may_be_is_refused_before_it_comes() {
-    let world = World::new();
-    let (url, _) = stalls("HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n");
-    let told = world.json(&format!(
-        "try {{ sup.file('{url}') }} catch (e) {{ return [e.name, e.code] }}"
-    ));
-    assert_eq!(told, json!(["SupVMError", "TOO_LARGE"]));
 }
 
 #[test]
@@ -821,152 +576,6 @@ fn abandoned_loops_do_not_use_up_the_readers() {
          return [h.block(), h.tail(-1)]",
     );
     assert_eq!(told, json!(["one\n", []]));
-}
-
-#[test]
-fn uploads_are_named_by_type_and_downloads_have_the_class_of_their_content() {
-    let world = World::new();
-    let png = world.file("photo.jpg", PNG);
-    let told = world.told(&format!(
-        "const paths = [vm.upload(sup.image('{}')), vm.upload('text'), vm.upload('{{\"a\":1}}'), vm.upload('x', 'a/b.js'), vm.upload('y', '/tmp/z'),
-                 vm.upload(sup.file(new Uint8Array([0, 1, 2])))];
-         vm.exec('cp image.png misnamed.txt'); const image = vm.download('misnamed.txt');
-         vm.upload('x', 'a.csv'); const file = vm.download('/workspace/a.csv');
-         return [paths, vm.exec('ls'), vm.cat('a/b.js') + vm.cat('/tmp/z'),
-           image instanceof SupImage, image.mimeType, image.filename, image.size, file instanceof SupFile, file.mimeType]",
-        png.display()
-    ));
-    assert_eq!(
-        told,
-        json!([
-            [
-                "image.png",
-                "file.txt",
-                "file.json",
-                "a/b.js",
-                "/tmp/z",
-                "file.bin"
-            ],
-            "a\na.csv\nfile.bin\nfile.json\nfile.txt\nimage.png\nmisnamed.txt\n",
-            "xy",
-            true,
-            "image/png",
-            "misnamed.txt",
-            PNG.len(),
-            true,
-            "text/csv"
-        ])
-    );
-}
-
-#[test]
-fn files_that_cannot_be_give_a_code_and_their_path() {
-    let world = World::new();
-    let told = world.told(
-        "vm.exec('mkdir dir; head -c 33554433 /dev/zero > big');
-         return [thrown(() => vm.upload('x', 'dir/')), thrown(() => vm.upload('x', '')), thrown(() => vm.download('none').size),
-                 thrown(() => [...vm.uploadStreaming('x', 'dir').progress()]), thrown(() => sup.file('/nowhere/x')), thrown(() => vm.cat('big'))]",
-    );
-    let error = |code: &str, path: &str| json!(["SupVMFileError", code, path]);
-    assert_eq!(
-        told,
-        json!([
-            error("EISDIR", "dir/"),
-            error("EISDIR", ""),
-            error("ENOENT", "/workspace/none"),
-            error("EISDIR", "/workspace/dir"),
-            error("ENOENT", "/nowhere/x"),
-            error("EFBIG", "big"),
-        ])
-    );
-}
-
-#[test]
-fn the_end_waits_for_transfers_and_tells_of_failed_ones() {
-    let world = World::new();
-    let (code, out, said) = world.run(
-        "const vm = sup.vm(); vm.exec('mkdir dir'); sup.global.set('vm', vm);
-         vm.uploadStreaming('x'.repeat(3e6), 'here'); vm.uploadStreaming('x', 'dir')",
-        &[],
-    );
-    assert_eq!((code, out.as_str()), (1, ""), "{said}");
-    assert!(said.contains("upload to dir"), "{said}");
-    let size = world.json("const vm = sup.global.get('vm'); const size = vm.exec('wc -c < here'); vm.delete(); return size");
-    assert_eq!(size, json!("3000000\n"));
-}
-
-#[test]
-fn inputs_are_media_and_texts_in_their_order() {
-    let world = World::new();
-    let image = world.file("a.png", PNG).display().to_string();
-    let text = world.file("b.txt", "hello").display().to_string();
-    let (code, out, said) = world.run(
-        "const { text, texts, image, images, file, video, videos } = sup.input;
-         return [text, texts, image instanceof SupImage, images.length, file.filename, file.mimeType, file.size, video === undefined, videos]",
-        &["--json", "--text", "one", "--text", "two", "--image", &image, "--file", &text],
-    );
-    assert_eq!(code, 0, "{said}");
-    let told: Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(
-        told,
-        json!([
-            "one",
-            ["one", "two"],
-            true,
-            1,
-            "b.txt",
-            "text/plain",
-            5,
-            true,
-            []
-        ])
-    );
-    let (code, _, said) = world.run("return 1", &["--image", &text]);
-    assert_eq!(code, 1);
-    assert!(said.contains("is text/plain, not an image"), "{said}");
-}
-
-/// A web server that gives every connection this answer.
-fn answers(status: &'static str, body: &'static str) -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        for connection in listener.incoming() {
-            let mut connection = connection.unwrap();
-            let _ = connection.read(&mut [0; 4096]);
-            let length = body.len();
-            let head = format!(
-                "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
-            );
-            let _ = connection.write_all(format!("{head}{body}").as_bytes());
-        }
-    });
-    format!("http://{address}")
-}
-
-#[test]
-fn a_string_that_is_an_address_is_fetched_and_keeps_its_name_unless_it_is_refused() {
-    let world = World::new();
-    let (host, none) = (answers("200 OK", "a,b\n"), answers("404 Not Found", "no"));
-    let told = world.told(&format!(
-        "const media = sup.file('{host}/x.csv');
-         return [vm.upload('{host}/data%201.csv?x'), vm.cat('data 1.csv'), vm.upload('{host}/'), vm.cat('file.txt'), vm.upload('see {host}/x'),
-           media.url === '{host}/x.csv', media.filename, media.size, thrown(() => vm.upload('{none}/x'))]"
-    ));
-    assert_eq!(
-        told,
-        json!([
-            "data 1.csv",
-            "a,b\n",
-            "file.txt",
-            "a,b\n",
-            "file.txt",
-            true,
-            "x.csv",
-            4,
-            ["SupVMError", "HTTP_404", null]
-        ])
-    );
 }
 
 #[test]
