@@ -70,7 +70,7 @@ impl Default for Limits {
             idle: Duration::from_secs(75),
             upstream_idle: Duration::from_secs(4),
             upstream_fresh: Duration::from_millis(500),
-            upstream_kept: 32,
+            upstream_kept: 128,
             find: Duration::from_secs(120),
             connect: Duration::from_secs(15),
             expect: Duration::from_secs(1),

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures::future::join_all;
 use http::{Method, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Semaphore;
+use tokio::sync::{Barrier, Semaphore};
 
 use crate::support::{Got, World, empty, full, raw_server, read_head, soon};
 
@@ -24,6 +25,42 @@ async fn requests_one_after_another_share_a_connection() {
     let made = world.guests.connections.load(Ordering::SeqCst);
     // One that ends its answer late is not waited for.
     assert!(made < 5, "{made}");
+}
+
+#[tokio::test]
+async fn a_hundred_visitors_at_a_time_use_the_same_connections_again() {
+    const VISITORS: usize = 100;
+    const ROUNDS: usize = 5;
+    let world = World::with(|limits| limits.upstream_idle = crate::support::PATIENCE).await;
+    let vm = world.vm();
+    // Answers when all of a round have asked: each needs a connection of its own.
+    let all = Arc::new(Barrier::new(VISITORS));
+    let server = raw_server(move |mut stream| {
+        let all = Arc::clone(&all);
+        async move {
+            while read_head(&mut stream).await.is_some() {
+                all.wait().await;
+                stream.write_all(ANSWER).await.unwrap();
+            }
+        }
+    });
+    world.listens(&vm, 3000, server.await);
+    let mut visitors = Vec::new();
+    for _ in 0..VISITORS {
+        visitors.push(world.http1(&vm.host()).await);
+    }
+    for _ in 0..ROUNDS {
+        let answers = visitors.iter_mut().map(|visitor| {
+            let request = Request::get("/").header("host", vm.host()).body(empty());
+            visitor.send_request(request.unwrap())
+        });
+        for answer in soon("a round", join_all(answers)).await {
+            assert_eq!(Got::of(answer.unwrap()).await.body, "ok");
+        }
+    }
+    let made = world.guests.connections.load(Ordering::SeqCst);
+    // Here, too, one that ends its answer late is not waited for.
+    assert!(made < 2 * VISITORS, "{made}");
 }
 
 #[tokio::test]
