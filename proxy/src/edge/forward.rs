@@ -61,10 +61,10 @@ pub(crate) async fn send<G: Guests>(
     hop: Hop,
 ) -> Result<Answered, Page> {
     match hop {
-        Hop::Http2 => send_http2(core, target, outgoing).await,
+        Hop::Http2 => Box::pin(send_http2(core, target, outgoing)).await,
         Hop::Plain => send_http1(core, target, outgoing).await,
         Hop::WebSocket => {
-            let sender = dial_http1(core, target, true).await?;
+            let sender = Box::pin(dial_http1(core, target, true)).await?;
             let (request, _) = http1_request(outgoing);
             once(core, sender, request, None, target)
                 .await
@@ -103,7 +103,7 @@ async fn send_http1<G: Guests>(
             },
         }
     }
-    let sender = dial_http1(core, target, false).await?;
+    let sender = Box::pin(dial_http1(core, target, false)).await?;
     once(core, sender, request, gate, target)
         .await
         .map_err(|failed| failed.page)

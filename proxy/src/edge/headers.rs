@@ -168,15 +168,24 @@ fn remove_hop(headers: &mut HeaderMap) {
 fn remove_claims(headers: &mut HeaderMap) {
     let claims: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| {
-            let name = name.as_str().replace('_', "-");
-            name.starts_with("x-forwarded-") || name == "x-real-ip" || name == "forwarded"
-        })
+        .filter(|name| is_claim(name.as_str()))
         .cloned()
         .collect();
     for name in claims {
         headers.remove(name);
     }
+}
+
+fn is_claim(name: &str) -> bool {
+    let said = |byte| if byte == b'_' { b'-' } else { byte };
+    let begins = |with: &[u8]| {
+        name.bytes()
+            .map(said)
+            .take(with.len())
+            .eq(with.iter().copied())
+    };
+    let is = |whole: &[u8]| name.len() == whole.len() && begins(whole);
+    begins(b"x-forwarded-") || is(b"x-real-ip") || is(b"forwarded")
 }
 
 #[cfg(test)]

@@ -96,7 +96,8 @@ pub(crate) fn call<G: Guests>(
     }
     let in_flight = InFlight::begin(connection);
     let core = Arc::clone(core);
-    async move {
+    // Several KiB, which hyper and the runtime hand from one to the next.
+    Box::pin(async move {
         let html = wants_html(request.headers());
         let version = request.version();
         let peer = in_flight.connection.peer;
@@ -126,7 +127,7 @@ pub(crate) fn call<G: Guests>(
         }
         entry.end(response.status());
         Ok(response)
-    }
+    })
 }
 
 impl From<Malformed> for Page {
@@ -208,7 +209,7 @@ async fn respond<G: Guests>(
     }
     let target = Target { guest, port, pool };
     if hop == Hop::WebSocket {
-        return websocket::serve(core, &target, head, asked, in_flight).await;
+        return Box::pin(websocket::serve(core, &target, head, asked, in_flight)).await;
     }
     forward(core, &target, head, body, asked, hop).await
 }

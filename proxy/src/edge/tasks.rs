@@ -21,15 +21,17 @@ impl Tasks {
     /// Runs a future until its end.
     pub(crate) fn spawn<T>(&self, future: impl Future<Output = T> + Send + 'static) {
         let panics = Arc::clone(&self.0);
-        tokio::spawn(async move {
-            if AssertUnwindSafe(future).catch_unwind().await.is_err() {
+        // An async block would hold the future twice: as what it was given, and as what it awaits.
+        let guarded = AssertUnwindSafe(future).catch_unwind();
+        tokio::spawn(guarded.map(move |ended| {
+            if ended.is_err() {
                 let panics = panics.fetch_add(1, Ordering::Relaxed).saturating_add(1);
                 static QUIET: Quiet = Quiet::new();
                 if let Some(left_out) = QUIET.allow() {
                     tracing::error!(panics, left_out, "a task of the edge panicked");
                 }
             }
-        });
+        }));
     }
 }
 
