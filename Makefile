@@ -38,8 +38,8 @@ bench: images ## Measures; prints the tables of docs/performance.md.
 	@./setup.sh bench
 	cargo run --release --quiet -p guest-init --example speed
 	TMPDIR=/dev/shm cargo bench --quiet -p client --bench speed
-	cargo run --release --quiet -p proxy --example gateway-speed
-	cargo run --release --quiet -p proxy --example edge-speed
+	cargo run --release --quiet --target $(MUSL) -p proxy --example gateway-speed
+	cargo run --release --quiet --target $(MUSL) -p proxy --example edge-speed
 	peer=$$($(TARGET)/release/image-builder peer-qemu) && \
 	    $(TARGET)/release/qemu-test bench --peer "$$peer/peer-qemu.cpio"
 

@@ -23,6 +23,10 @@ use common::{TOKEN, VM};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+/// The one of `supvm`: proxy runs in this process.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How often a command is run, and how often a long file copied.
 const COMMANDS: usize = 200;
 const COPIES: usize = 5;

@@ -19,6 +19,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use protocol::network::Egress;
 use proxy::gateway::{Common, Stack};
 
+/// The one of `supvm`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SECONDS: &str = "5";
 const ROUND_TRIPS: u32 = 20_000;
 

@@ -18,6 +18,12 @@ const MOST: usize = 4096;
 const MAX_DESCRIPTORS: u64 = 4096;
 /// Ids below this belong to the host.
 const LOWEST_UID: u32 = 100_000;
+/// Keeps a monitor's allocator from memory in large pieces, which the kernel may back with huge pages,
+/// one for each thread: it needs little beyond its guest's memory, and there are many of it.
+const LITTLE_MEMORY: [(&str, &str); 2] = [
+    ("MIMALLOC_ARENA_EAGER_COMMIT", "0"),
+    ("MIMALLOC_EAGER_COMMIT", "0"),
+];
 
 /// Why a monitor was not started.
 #[derive(Debug, thiserror::Error)]
@@ -94,10 +100,13 @@ impl Vmms {
             .map(|name| name.as_str())
             .zip(descriptors.iter().map(AsFd::as_fd))
             .collect();
+        let mut environment = shared.environment.clone();
+        let little = LITTLE_MEMORY.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        environment.extend(little);
         let started = Spawn {
             program,
             descriptors: &named,
-            environment: &shared.environment,
+            environment: &environment,
             confinement: Confinement {
                 uid: if shared.prison.privileged {
                     request.uid

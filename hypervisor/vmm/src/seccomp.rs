@@ -54,7 +54,12 @@ const RUNTIME: &[i64] = &[
     libc::SYS_exit_group,
     libc::SYS_rseq,
     libc::SYS_membarrier,
+    // The allocator asks for the memory nearest to it, where there is more than one kind.
+    libc::SYS_getcpu,
 ];
+
+/// The allocator gives its mappings a name, if the C library's headers know how.
+const PR_SET_VMA: u64 = libc::PR_SET_VMA as u64;
 
 /// Work on descriptors that a thread already has.
 const DESCRIPTORS: &[i64] = &[
@@ -174,7 +179,10 @@ pub(crate) fn confine_process() -> Result<(), SeccompError> {
         ],
         vec![(
             libc::SYS_prctl,
-            one_of(0, &[PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS as u64])?,
+            one_of(
+                0,
+                &[PR_SET_NAME, PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS as u64],
+            )?,
         )],
     )?;
     Ok(apply_filter_all_threads(&list)?)
@@ -185,7 +193,7 @@ pub(crate) fn confine_vcpu() -> Result<(), SeccompError> {
     let list = program(
         &[RUNTIME, DESCRIPTORS],
         &[ioctls::KVM_RUN, ioctls::KVM_GET_REGS, ioctls::KVM_GET_SREGS],
-        Vec::new(),
+        vec![(libc::SYS_prctl, one_of(0, &[PR_SET_VMA])?)],
     )?;
     Ok(apply_filter(&list)?)
 }
@@ -336,6 +344,23 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let number = file.as_raw_fd();
         for confine in [confine_process, confine_vcpu] {
+            let null = 0_usize;
+            assert!(matches!(
+                after(confine, call!(libc::SYS_getcpu, null, null, null)),
+                WaitStatus::Exited(_, 0)
+            ));
+            // Nothing is there to name; that it is asked does no harm.
+            assert!(matches!(
+                after(
+                    confine,
+                    call!(libc::SYS_prctl, PR_SET_VMA, 0, null, 4096, null)
+                ),
+                WaitStatus::Exited(..)
+            ));
+            assert!(is_killed(after(
+                confine,
+                call!(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 1)
+            )));
             assert!(matches!(
                 after(confine, call!(libc::SYS_ftruncate, number, 100)),
                 WaitStatus::Exited(_, 0)

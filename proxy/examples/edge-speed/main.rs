@@ -26,6 +26,10 @@ use std::time::Duration;
 use clients::Target;
 use peers::{Alone, Nginx, Whole};
 
+/// The one of `supvm`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// VMs, and idle WebSockets to each, if there are descriptors for so many.
 const VMS: usize = 20;
 const EACH: usize = 500;
