@@ -4,8 +4,10 @@
 
 mod common;
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
+use std::time::Duration;
 
 use common::program::{interrupt, read_until, run, sup, told};
 use common::real::{Machine, soon};
@@ -60,8 +62,8 @@ async fn standard_input_that_somebody_made_non_blocking_is_waited_for() {
         .stdin(Stdio::from(OwnedFd::from(ours)))
         .spawn()
         .unwrap();
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    std::io::Write::write_all(&mut theirs, b"late").unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    theirs.write_all(b"late").unwrap();
     drop(theirs);
     let (code, out, err) = told(soon(child.wait_with_output()).await.unwrap());
     assert_eq!((code, out.as_str(), err.as_str()), (0, "late", ""));
@@ -259,6 +261,55 @@ async fn a_terminal_that_was_lost_is_joined_again_and_left_with_ctrl_bracket() {
     read_until(&mut master, "the process goes on").await;
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
     assert_eq!(run(&machine, &["ps", "-q", VM]).await.1, id);
+}
+
+#[tokio::test]
+async fn a_process_that_takes_no_keys_can_be_left_all_the_same() {
+    let machine = Machine::start().await;
+    let script = "stty raw -echo; echo up; exec sleep 1000";
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut typist = std::fs::File::from(pty.master.try_clone().unwrap());
+    let mut master = tokio::fs::File::from_std(pty.master.into());
+    let mut child = sup(&machine, &["exec", "-t", "--shell", VM, script])
+        .stdin(end())
+        .stdout(end())
+        .spawn()
+        .unwrap();
+    read_until(&mut master, "up").await;
+    child.kill().await.unwrap();
+    let (_, id, _) = run(&machine, &["ps", "-q", VM]).await;
+    let mut child = sup(&machine, &["attach", VM, id.trim_end()])
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .spawn()
+        .unwrap();
+    soon(async {
+        use nix::sys::termios::{LocalFlags, tcgetattr};
+        let is_raw = || {
+            !tcgetattr(&pty.slave)
+                .unwrap()
+                .local_flags
+                .contains(LocalFlags::ICANON)
+        };
+        while !is_raw() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    // More than everybody on the way holds. If it is not taken, the thread is left behind.
+    let (typed, all) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        for _ in 0..1024 {
+            typist.write_all(&[b'x'; 1024]).unwrap();
+        }
+        typist.write_all(b"\x1d").unwrap();
+        let _ = typed.send(());
+    });
+    soon(all).await.unwrap();
+    read_until(&mut master, "the process goes on").await;
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
 }
 
 #[tokio::test]

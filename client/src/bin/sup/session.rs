@@ -3,12 +3,14 @@
 //! else, least of all for our own standard input.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use client::protocol::process::ProcessEnded;
 use client::protocol::vm::VmRef;
 use client::{Client, ClientError, Execution, Follow, Input, Output};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::complaint::{Complaint, harmless};
 use crate::show::end_reason;
@@ -29,6 +31,12 @@ const TERMINATED: u8 = 143;
 
 /// Ctrl-], which leaves a process that one is attached to.
 const LEAVE: u8 = 0x1d;
+
+/// Reads of keys that wait while the process takes none.
+const TYPED_AHEAD: usize = 64;
+
+/// How long who leaves waits until the process has what was typed before.
+const LEAVING: Duration = Duration::from_secs(1);
 
 /// Where the output comes from.
 pub(crate) enum Source {
@@ -93,10 +101,14 @@ pub(crate) async fn stay(
         .terminal
         .then(|| tokio::spawn(forward_sizes(input.clone())));
     let keys = manner.may_leave && raw.is_some();
-    let (left, mut leaving) = tokio::sync::oneshot::channel();
-    let forwarding = manner
-        .input
-        .then(|| tokio::spawn(forward_stdin(input.clone(), keys, left)));
+    let (left, mut leaving) = oneshot::channel();
+    let forwarding = manner.input.then(|| {
+        if keys {
+            tokio::spawn(forward_keys(input.clone(), left))
+        } else {
+            tokio::spawn(forward_stdin(input.clone()))
+        }
+    });
     let result = tokio::select! {
         result = forward_output(&mut source) => result,
         () = interrupt(&mut interrupts, &input) => return Ok(INTERRUPTED),
@@ -131,7 +143,7 @@ fn enter_raw(wanted: bool) -> Result<Option<Raw>, Complaint> {
 }
 
 /// Only a message ends this: a sender that was merely dropped does not.
-async fn wait_for(leaving: &mut tokio::sync::oneshot::Receiver<()>) {
+async fn wait_for(leaving: &mut oneshot::Receiver<()>) {
     if leaving.await.is_err() {
         std::future::pending().await
     }
@@ -174,36 +186,81 @@ fn cannot_write(error: &std::io::Error) -> Complaint {
 }
 
 /// Ends with our input or with the command's; either is the command's affair.
-async fn forward_stdin(input: Input, keys: bool, left: tokio::sync::oneshot::Sender<()>) {
+async fn forward_stdin(input: Input) {
     let mut stdin = tokio::io::stdin();
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let count = match stdin.read(&mut buffer).await {
-            Ok(count) => count,
-            // Somebody who has the same descriptor does not want to wait on it.
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                let _ = tokio::task::spawn_blocking(wait_for_stdin).await;
-                continue;
-            }
-            Err(error) => {
-                eprintln!("sup: reading the input: {error}");
-                0
-            }
-        };
-        let bytes = buffer.get(..count).unwrap_or_default();
-        if count == 0 {
+        let bytes = read(&mut stdin, &mut buffer).await;
+        if bytes.is_empty() {
             let _ = input.end().await;
-            return;
-        }
-        if keys && let Some(end) = bytes.iter().position(|byte| *byte == LEAVE) {
-            let _ = input.write(bytes.get(..end).unwrap_or_default()).await;
-            let _ = left.send(());
             return;
         }
         if input.write(bytes).await.is_err() {
             return;
         }
     }
+}
+
+/// The same for a terminal's keys, one of which leaves the process: it is seen even while the process
+/// takes none of them.
+async fn forward_keys(input: Input, left: oneshot::Sender<()>) {
+    let (typed, mut waiting) = mpsc::channel::<Vec<u8>>(TYPED_AHEAD);
+    let writing = async {
+        while let Some(bytes) = waiting.recv().await {
+            if input.write(&bytes).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::pin!(writing);
+    let leaves = tokio::select! {
+        leaves = read_keys(typed) => leaves,
+        // The process has ended, or its input.
+        () = &mut writing => return,
+    };
+    if leaves {
+        let _ = tokio::time::timeout(LEAVING, writing).await;
+        let _ = left.send(());
+    } else {
+        writing.await;
+        let _ = input.end().await;
+    }
+}
+
+/// Reads keys until the one that leaves, which gives true, or the end. Like a terminal, it drops what
+/// is typed too far ahead.
+async fn read_keys(typed: mpsc::Sender<Vec<u8>>) -> bool {
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = vec![0; 4 << 10];
+    loop {
+        let bytes = read(&mut stdin, &mut buffer).await;
+        let end = bytes.iter().position(|byte| *byte == LEAVE);
+        let before = bytes.get(..end.unwrap_or(bytes.len())).unwrap_or_default();
+        if !before.is_empty() {
+            let _ = typed.try_send(before.to_vec());
+        }
+        if bytes.is_empty() || end.is_some() {
+            return end.is_some();
+        }
+    }
+}
+
+/// What our standard input has; nothing at its end.
+async fn read<'b>(stdin: &mut tokio::io::Stdin, buffer: &'b mut [u8]) -> &'b [u8] {
+    let count = loop {
+        match stdin.read(buffer).await {
+            Ok(count) => break count,
+            // Somebody who has the same descriptor does not want to wait on it.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let _ = tokio::task::spawn_blocking(wait_for_stdin).await;
+            }
+            Err(error) => {
+                eprintln!("sup: reading the input: {error}");
+                break 0;
+            }
+        }
+    };
+    buffer.get(..count).unwrap_or_default()
 }
 
 fn wait_for_stdin() {

@@ -106,7 +106,8 @@ async fn file(job: &Job<'_>, vm: &Vm, from: &[u8], to: &Path, what: &str) -> Res
     }
     let download = again(|| vm.download(read.clone())).await;
     let mut download = download.map_err(|error| wrong(&error))?;
-    let place = Waiting::open(vm, from, to, download.info());
+    let vm_name = vm.reference().to_string();
+    let place = Waiting::open(&vm_name, from, to, download.info());
     let (waiting, file) = place.map_err(|error| error.complain(what))?;
     let mut begin = 0;
     let known = file.metadata().map_or(0, |about| about.len());

@@ -9,7 +9,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use client::Vm;
 use client::protocol::file::FileInfo;
 use data_encoding::HEXLOWER;
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -44,7 +43,7 @@ impl Waiting {
     /// Where to write, and the name that is waited under; no such name for devices and pipes, which
     /// are written to as they are.
     pub(super) fn open(
-        vm: &Vm,
+        vm: &str,
         from: &[u8],
         to: &Path,
         info: &FileInfo,
@@ -68,25 +67,22 @@ impl Waiting {
             _ => PathBuf::from("."),
         };
         let path = directory.join(&ours);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-            .open(&path)
-            .map_err(|cause| wrong(&to, cause))?;
-        let about = file.metadata().map_err(|cause| wrong(&to, cause))?;
-        // In a directory of everybody's somebody else may have guessed the name.
-        if about.uid() != nix::unistd::geteuid().as_raw() || !about.is_file() || about.nlink() != 1
-        {
-            return Err(PlaceError::Foreign { path });
-        }
-        let lock = file.try_clone().map_err(|cause| wrong(&to, cause))?;
-        let lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err(_) => return Err(PlaceError::Busy { path: to }),
+        let (file, lock) = loop {
+            let file = create(&path).map_err(|cause| wrong(&to, cause))?;
+            let about = file.metadata().map_err(|cause| wrong(&to, cause))?;
+            // In a directory of everybody's somebody else may have guessed the name.
+            let ours = about.uid() == nix::unistd::geteuid().as_raw();
+            if !ours || !about.is_file() || about.nlink() > 1 {
+                return Err(PlaceError::Foreign { path });
+            }
+            let lock = file.try_clone().map_err(|cause| wrong(&to, cause))?;
+            let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+                return Err(PlaceError::Busy { path: to });
+            };
+            // Before it was locked, another copy may have given it its name, or taken it for stale.
+            if is_at(&path, &file) {
+                break (file, lock);
+            }
         };
         remove_stale(&directory, &ours, &others);
         let waiting = Self {
@@ -113,10 +109,30 @@ impl Waiting {
     }
 }
 
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(path)
+}
+
+/// Whether this file has this name.
+fn is_at(path: &Path, file: &File) -> bool {
+    let there = std::fs::symlink_metadata(path);
+    let Ok((there, about)) = there.and_then(|there| Ok((there, file.metadata()?))) else {
+        return false;
+    };
+    (there.dev(), there.ino()) == (about.dev(), about.ino())
+}
+
 /// The hidden name of what is to be at `to` and is this very file of the VM, and the beginning of
 /// the names of other ones. After this machine was restarted there is another name: what had been
 /// written may not be there any more, whatever its length says.
-fn names(vm: &Vm, from: &[u8], to: &Path, info: &FileInfo) -> (OsString, OsString) {
+fn names(vm: &str, from: &[u8], to: &Path, info: &FileInfo) -> (OsString, OsString) {
     let hash = |parts: &[&[u8]], length: usize| {
         let mut hasher = blake3::Hasher::new();
         for part in parts {
@@ -131,7 +147,7 @@ fn names(vm: &Vm, from: &[u8], to: &Path, info: &FileInfo) -> (OsString, OsStrin
     let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let source = hash(
         &[
-            vm.reference().to_string().as_bytes(),
+            vm.as_bytes(),
             from,
             &info.inode.to_le_bytes(),
             &info.size.to_le_bytes(),
@@ -160,11 +176,68 @@ fn remove_stale(directory: &Path, ours: &OsString, others: &OsString) {
             .write(true)
             .custom_flags(flags.bits())
             .open(&path);
-        // One that is locked is being written.
+        // One that is locked is being written. Who holds the lock of one that is there is the only one
+        // to take its name from it.
         if let Ok(file) = file
-            && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
+            && let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            && is_at(&path, &lock)
         {
             let _ = std::fs::remove_file(&path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use client::protocol::file::FileType;
+
+    use super::*;
+
+    fn info(inode: u64) -> FileInfo {
+        FileInfo {
+            file_type: FileType::Regular,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            size: 5,
+            allocated: 4096,
+            mtime_s: 1,
+            mtime_ns: 0,
+            links: 1,
+            inode,
+            target: None,
+        }
+    }
+
+    #[test]
+    fn copies_to_one_name_at_a_time_lose_nothing_of_each_other() {
+        let home = tempfile::tempdir().unwrap();
+        let to = home.path().join("here");
+        // The first two are the same file of the VM, the third another one.
+        std::thread::scope(|copies| {
+            for inode in [1, 1, 2] {
+                let to = &to;
+                copies.spawn(move || {
+                    let content = inode.to_string().repeat(5);
+                    for _ in 0..2000 {
+                        let (waiting, mut file) = match Waiting::open("vm", b"f", to, &info(inode))
+                        {
+                            Ok((waiting, file)) => (waiting.unwrap(), file),
+                            Err(PlaceError::Busy { .. }) => continue,
+                            Err(error) => panic!("{error}"),
+                        };
+                        file.set_len(0).unwrap();
+                        file.write_all(content.as_bytes()).unwrap();
+                        waiting.finish(&file, 0o644).unwrap();
+                        let found = std::fs::read_to_string(to).unwrap();
+                        assert!(["11111", "22222"].contains(&found.as_str()), "{found}");
+                    }
+                });
+            }
+        });
+        // Nothing waits any more.
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
     }
 }
