@@ -1,6 +1,6 @@
 //! What the gateway costs, beside slirp4netns and passt (Debian's) in the same run: the same
-//! iperf3, the same namespaces, the same MTU. Needs root and the packages iperf3, slirp4netns and
-//! passt; prints a table.
+//! iperf3, the same namespaces, the same MTU, by turns. Needs root and the packages iperf3,
+//! slirp4netns and passt; prints a table of medians, with the lowest and the highest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use net::{Impairment, WORLD_V4};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use protocol::network::Egress;
 use proxy::gateway::{Common, Stack};
 
@@ -23,14 +25,18 @@ use proxy::gateway::{Common, Stack};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const SECONDS: &str = "5";
+const SECONDS: &str = "4";
+const ROUNDS: usize = 3;
 const ROUND_TRIPS: u32 = 20_000;
 
-/// Ends a program that this one started.
+/// Ends a program that this one started, and what that one did.
 struct Program(Child);
 
 impl Drop for Program {
     fn drop(&mut self) {
+        for pid in children(self.0.id()) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -96,35 +102,77 @@ fn round_trip(namespace: &OwnedFd, address: &'static str, port: u16) -> (f64, f6
     })
 }
 
-fn report(name: &str, namespace: &OwnedFd, address: &'static str, port: u16) {
-    let (median, high) = round_trip(namespace, address, port);
-    let up = iperf(namespace, address, "");
-    let down = iperf(namespace, address, "-R");
-    println!("| {name} | {up:.2} | {down:.2} | {median:.0} | {high:.0} |");
+/// One way from a namespace to the servers, and what was measured of it.
+struct Path {
+    name: &'static str,
+    namespace: OwnedFd,
+    address: &'static str,
+    up: Vec<f64>,
+    down: Vec<f64>,
+    medians: Vec<f64>,
+    lasts: Vec<f64>,
+    /// What makes it, for as long.
+    _programs: Vec<Program>,
+}
+
+impl Path {
+    fn new(
+        name: &'static str,
+        namespace: OwnedFd,
+        address: &'static str,
+        programs: Vec<Program>,
+    ) -> Self {
+        Self {
+            name,
+            namespace,
+            address,
+            up: Vec::new(),
+            down: Vec::new(),
+            medians: Vec::new(),
+            lasts: Vec::new(),
+            _programs: programs,
+        }
+    }
+
+    fn measure(&mut self, port: u16) {
+        let (median, last) = round_trip(&self.namespace, self.address, port);
+        self.medians.push(median);
+        self.lasts.push(last);
+        self.up.push(iperf(&self.namespace, self.address, ""));
+        self.down.push(iperf(&self.namespace, self.address, "-R"));
+    }
+
+    fn report(&mut self) {
+        let [up, down] = [&mut self.up, &mut self.down].map(|values| spread(values, 2));
+        let [median, last] = [&mut self.medians, &mut self.lasts].map(|values| spread(values, 0));
+        println!("| {} | {up} | {down} | {median} | {last} |", self.name);
+    }
+}
+
+/// The median with the lowest and the highest.
+fn spread(values: &mut [f64], digits: usize) -> String {
+    values.sort_by(f64::total_cmp);
+    let (middle, end) = (values.len() / 2, values.len() - 1);
+    let [low, median, high] = [0, middle, end].map(|at| values[at]);
+    format!("{median:.digits$} ({low:.digits$} to {high:.digits$})")
 }
 
 /// A namespace that a program of Debian's connects.
-fn peer(name: &str, line: impl Fn(u32) -> String, port: u16) {
+fn peer(name: &'static str, line: impl Fn(u32) -> String) -> Option<Path> {
     let holder = start("unshare --net sleep 1000").expect("unshare and sleep are there");
     std::thread::sleep(Duration::from_millis(300));
     let pid = holder.0.id();
-    let Some(_program) = start(&line(pid)) else {
-        println!("| {name} | not installed | | | |");
-        return;
-    };
+    let program = start(&line(pid))?;
     std::thread::sleep(Duration::from_secs(2));
     let namespace = OwnedFd::from(File::open(format!("/proc/{pid}/ns/net")).unwrap());
-    report(name, &namespace, WORLD_V4, port);
+    Some(Path::new(name, namespace, WORLD_V4, vec![program, holder]))
 }
 
-/// The namespace of a program's child.
-fn child(pid: u32) -> Option<OwnedFd> {
+fn children(pid: u32) -> Vec<Pid> {
     let children = format!("/proc/{pid}/task/{pid}/children");
-    let children = std::fs::read_to_string(children).ok()?;
-    let child = children.split(' ').next()?;
-    File::open(format!("/proc/{child}/ns/net"))
-        .ok()
-        .map(OwnedFd::from)
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let numbers = children.split(' ').filter_map(|pid| pid.parse().ok());
+    numbers.map(Pid::from_raw).collect()
 }
 
 fn echo() -> u16 {
@@ -162,41 +210,60 @@ fn main() {
     let _server = start("iperf3 -s");
     let port = echo();
     std::thread::sleep(Duration::from_millis(500));
+    let only = std::env::args().nth(1);
+    let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
+    let mut paths = Vec::new();
+    if wanted("loopback") {
+        let host = OwnedFd::from(File::open("/proc/thread-self/ns/net").unwrap());
+        paths.push(Path::new("loopback", host, WORLD_V4, Vec::new()));
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let _entered = runtime.enter();
+    let (guest, channel) = net::Guest::new(Impairment::default());
+    let stack = Stack::start(net::settings(Egress::default()), channel, Common::new()).unwrap();
+    if wanted("gateway") {
+        let namespace = guest.namespace().try_clone().unwrap();
+        paths.push(Path::new("gateway", namespace, WORLD_V4, Vec::new()));
+    }
+    if wanted("slirp4netns") {
+        let line = |pid| format!("slirp4netns --configure --mtu=65520 {pid} tap0");
+        paths.extend(installed("slirp4netns", peer("slirp4netns", line)));
+    }
+    if wanted("passt") {
+        paths.extend(installed("passt", pasta()));
+    }
+    for _ in 0..ROUNDS {
+        for path in &mut paths {
+            path.measure(port);
+        }
+    }
     println!(
         "| path | guest to host, Gbit/s | host to guest, Gbit/s | 1-byte round trip, µs | 99 % |"
     );
     println!("|---|---|---|---|---|");
-    let only = std::env::args().nth(1);
-    let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
-    if wanted("loopback") {
-        let host = OwnedFd::from(File::open("/proc/thread-self/ns/net").unwrap());
-        report("loopback", &host, WORLD_V4, port);
+    for path in &mut paths {
+        path.report();
     }
-    if wanted("gateway") {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let _entered = runtime.enter();
-        let (guest, channel) = net::Guest::new(Impairment::default());
-        let stack = Stack::start(net::settings(Egress::default()), channel, Common::new()).unwrap();
-        report("gateway", guest.namespace(), WORLD_V4, port);
-        println!("{:?}", stack.counters());
-        drop(stack);
+    drop(stack);
+}
+
+fn installed(name: &str, path: Option<Path>) -> Option<Path> {
+    if path.is_none() {
+        eprintln!("{name} did not start; run ./setup.sh bench");
     }
-    if wanted("slirp4netns") {
-        let line = |pid| format!("slirp4netns --configure --mtu=65520 {pid} tap0");
-        peer("slirp4netns", line, port);
-    }
-    if wanted("passt") {
-        // It makes its own namespace, whose first program is the one to look for; and it leads
-        // its way out's gateway, not other addresses, to the host's loopback.
-        let pasta = start("pasta -4 --config-net --mtu 65520 --runas 0:0 --foreground sleep 1001");
-        std::thread::sleep(Duration::from_secs(2));
-        match pasta.as_ref().and_then(|pasta| child(pasta.0.id())) {
-            Some(namespace) => report("passt", &namespace, "5.5.6.1", port),
-            None => println!("| passt | did not start | | | |"),
-        }
-    }
+    path
+}
+
+/// passt makes its own namespace, whose first program is the one to look for; and it leads its way
+/// out's gateway, not other addresses, to the host's loopback.
+fn pasta() -> Option<Path> {
+    let pasta = start("pasta -4 --config-net --mtu 65520 --runas 0:0 --foreground sleep 1001")?;
+    std::thread::sleep(Duration::from_secs(2));
+    let first = *children(pasta.0.id()).first()?;
+    let namespace = File::open(format!("/proc/{first}/ns/net")).ok()?;
+    Some(Path::new("passt", namespace.into(), "5.5.6.1", vec![pasta]))
 }
