@@ -3,7 +3,7 @@
 //! packages nginx-light and nghttp2-client; prints a table. Nothing leaves the network namespace that
 //! it makes.
 //!
-//!     cargo run --release -p proxy --example edge-speed
+//!     cargo run --release --target x86_64-unknown-linux-musl -p proxy --example edge-speed
 //!
 //! Behind `--`, `requests` or `idle` runs only that half.
 
