@@ -23,8 +23,9 @@ use super::{Failure, Interrupt, input};
 
 /// The largest file that `cat` returns.
 const MAX_CAT: u64 = 32 << 20;
-/// The most generators that read output at one time.
-const MAX_READERS: usize = 256;
+/// The most generators that read output at one time. Each has a stream of the connection, which has 256
+/// at most, and commands and transfers need some, too.
+const MAX_READERS: usize = 128;
 /// Where relative paths begin.
 const WORKSPACE: &str = "/workspace";
 
@@ -433,11 +434,11 @@ impl Write for Bounded {
 }
 
 /// What a generator or `tail` gives when the VM fails them: nothing more, as of a process that ended.
-/// The handle's status and `block()` say why.
+/// The handle's status and `block()` say why. An appliance that fails them is no end of the output.
 fn quiet<T>(result: Result<T, Failure>) -> Result<Option<T>, Failure> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(failure) if failure.as_result().is_some() => Ok(None),
+        Err(Failure::Vm { .. }) => Ok(None),
         Err(failure) => Err(failure),
     }
 }

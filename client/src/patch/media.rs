@@ -133,6 +133,46 @@ const TYPES: &[(&str, &str)] = &[
     ("7z", "application/x-7z-compressed"),
     ("wasm", "application/wasm"),
     ("sqlite", "application/vnd.sqlite3"),
+    ("epub", "application/epub+zip"),
+    ("mobi", "application/x-mobipocket-ebook"),
+    ("rtf", "application/rtf"),
+    ("doc", "application/msword"),
+    (
+        "docx",
+        "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    ),
+    ("xls", "application/vnd.ms-excel"),
+    (
+        "xlsx",
+        "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    ),
+    ("ppt", "application/vnd.ms-powerpoint"),
+    (
+        "pptx",
+        "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    ),
+    ("odt", "application/vnd.oasis.opendocument.text"),
+    ("ods", "application/vnd.oasis.opendocument.spreadsheet"),
+    ("odp", "application/vnd.oasis.opendocument.presentation"),
+    ("ps", "application/postscript"),
+    ("rar", "application/vnd.rar"),
+    ("deb", "application/vnd.debian.binary-package"),
+    ("rpm", "application/x-rpm"),
+    ("lz4", "application/x-lz4"),
+    ("cpio", "application/x-cpio"),
+    ("woff", "application/font-woff"),
+    ("ttf", "application/font-sfnt"),
+    ("psd", "image/vnd.adobe.photoshop"),
+    ("jxl", "image/jxl"),
+    ("jp2", "image/jp2"),
+    ("djvu", "image/vnd.djvu"),
+    ("mid", "audio/midi"),
+    ("aiff", "audio/x-aiff"),
+    ("amr", "audio/amr"),
+    ("m4v", "video/x-m4v"),
+    ("mpg", "video/mpeg"),
+    ("wmv", "video/x-ms-wmv"),
+    ("flv", "video/x-flv"),
     ("bin", "application/octet-stream"),
 ];
 
@@ -346,6 +386,8 @@ mod tests {
         assert_eq!(name_by_type("image/jpeg"), "image.jpg");
         assert_eq!(name_by_type("text/plain"), "file.txt");
         assert_eq!(name_by_type("audio/mpeg"), "audio.mp3");
+        let word = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
+        assert_eq!(name_by_type(word), "file.docx");
         assert_eq!(name_by_type("x/y"), "file.bin");
     }
 

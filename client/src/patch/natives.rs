@@ -168,6 +168,8 @@ impl<'js> IntoJs<'js> for Ran {
         object.set("stderr", err)?;
         object.set("exitCode", self.ending.exit_code)?;
         object.set("reason", self.ending.reason)?;
+        // A number that JavaScript can hold: no output is as long as 2^53.
+        object.set("droppedBytes", self.collected.dropped as f64)?;
         Ok(object.into_value())
     }
 }

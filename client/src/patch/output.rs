@@ -19,6 +19,8 @@ pub(super) struct Collected {
     pub(super) stdout: String,
     /// Standard error.
     pub(super) stderr: String,
+    /// Bytes that are missing, where the texts have a marker.
+    pub(super) dropped: u64,
     decoders: [Decoder; 2],
     too_large: bool,
 }
@@ -32,6 +34,7 @@ impl Collected {
 
     /// Notes that bytes are missing here.
     pub(super) fn gap(&mut self, bytes: u64) -> Result<(), Failure> {
+        self.dropped = self.dropped.saturating_add(bytes);
         let line = marker(bytes);
         self.output.push_str(&line);
         self.add_to_one(Source::Stdout, &line);

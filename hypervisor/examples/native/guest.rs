@@ -3,7 +3,7 @@
 //! `/etc` are this machine's, and cannot be written. The network is this machine's too.
 
 use std::fs;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -59,6 +59,10 @@ pub(crate) fn start(
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
+    // As the monitor does: on behind what earlier runs have said.
+    let mut console = fs::File::from(console);
+    console.seek(SeekFrom::End(0))?;
+    let console = OwnedFd::from(console);
     let mut command = Command::new("unshare");
     command
         .args(["--pid", "--mount", "--uts", "--ipc", "--fork"])

@@ -1,13 +1,18 @@
 // A process that goes on while the patch does something else.
 
+// A process that was asked to end by kill() and ended well has not failed.
+function failed({ exitCode, reason }) {
+  return exitCode !== 0 || (reason !== undefined && reason !== 'killed');
+}
 function failIfFailed(command, result) {
-  if (result.exitCode !== 0 || result.reason !== undefined) throw new SupVMExecError(command, result);
+  if (failed(result)) throw new SupVMExecError(command, result);
   return result.output;
 }
 function plainResult(result) {
-  const { output, stdout, stderr, exitCode, reason } = result;
+  const { output, stdout, stderr, exitCode, reason, droppedBytes } = result;
   const plain = { output, stdout, stderr, exitCode };
-  if (exitCode !== 0 || reason !== undefined) plain.error = reason ?? 'Command failed';
+  if (droppedBytes > 0) plain.droppedBytes = droppedBytes;
+  if (failed(result)) plain.error = reason ?? 'Command failed';
   return plain;
 }
 
