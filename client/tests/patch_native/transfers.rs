@@ -1,5 +1,8 @@
 //! What scripts take in and give out: files both ways, media, addresses on the web.
 
+use std::io::Read;
+use std::net::TcpListener;
+
 use super::*;
 
 #[test]
@@ -232,6 +235,70 @@ fn inputs_are_media_and_texts_in_their_order() {
     let (code, _, said) = world.run("return 1", &["--image", &text]);
     assert_eq!(code, 1);
     assert!(said.contains("is text/plain, not an image"), "{said}");
+}
+
+#[test]
+fn sounds_and_films_are_inputs_too_and_are_made_of_bytes_or_files_of_their_kind_alone() {
+    let world = World::new();
+    let sound = b"RIFF\x24\0\0\0WAVEfmt ";
+    let film = b"\0\0\0\x18ftypisom\0\0\x02\0isomiso2";
+    let sound = world.file("a.wav", sound).display().to_string();
+    let film = world.file("b.mp4", film).display().to_string();
+    let (code, out, said) = world.run(
+        "const { audio, audios, video, videos } = sup.input;
+         const kinds = (all) => all.map((one) => [one.constructor.name, one.filename, one.mimeType]);
+         const bytes = [0x52, 0x49, 0x46, 0x46, 36, 0, 0, 0, 0x57, 0x41, 0x56, 0x45, 0x66, 0x6d, 0x74, 0x20];
+         const made = kinds([audio, video, sup.audio(audio), sup.video(video), sup.audio(bytes), sup.file(video)]);
+         const refused = [() => sup.audio(video), () => sup.video(audio), () => sup.video(bytes)]
+           .map((make) => { try { make(); return 'made' } catch (error) { return error.message } });
+         return { made, counts: [audios.length, videos.length], refused }",
+        &["--json", "--audio", &sound, "--audio", &sound, "--video", &film],
+    );
+    assert_eq!(code, 0, "{said}");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    let (wav, mp4) = ("audio/x-wav", "video/mp4");
+    assert_eq!(
+        told["made"],
+        json!([
+            ["SupAudio", "a.wav", wav],
+            ["SupVideo", "b.mp4", mp4],
+            ["SupAudio", "a.wav", wav],
+            ["SupVideo", "b.mp4", mp4],
+            ["SupAudio", "audio.wav", wav],
+            ["SupFile", "b.mp4", mp4],
+        ])
+    );
+    assert_eq!(told["counts"], json!([2, 1]));
+    let refused = told["refused"].as_array().unwrap();
+    for (refused, kind) in refused.iter().zip([mp4, wav, wav]) {
+        assert!(refused.as_str().unwrap().contains(kind), "{refused}");
+    }
+}
+
+#[test]
+fn one_transfer_too_many_is_refused_and_the_others_arrive() {
+    let world = World::new();
+    // Answers nobody until somebody asks while 32 wait.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", server.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let waiting: Vec<_> = server.incoming().take(33).collect();
+        for stream in waiting {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx")
+                .unwrap();
+        }
+    });
+    let told = world.told(&format!(
+        "const under = []; for (let i = 0; i < 32; i += 1) under.push(vm.uploadStreaming('{address}/f', `f${{i}}`));
+         const refused = thrown(() => vm.uploadStreaming('x', 'more'));
+         sup.file('{address}/go');
+         for (const one of under) one.wait();
+         return [refused[1], vm.exec('cat f* | wc -c').trim(), vm.uploadStreaming('x', 'more').path]"
+    ));
+    assert_eq!(told, json!(["TOO_MANY_TRANSFERS", "32", "more"]));
 }
 
 #[test]
