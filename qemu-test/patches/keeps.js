@@ -11,6 +11,7 @@ if (sup.input.text === 'first') {
   session.setEnv('WHO', 'me');
   session.cd('/tmp');
   sup.global.set('session', session);
+  sup.chat.set('count', 1);
   sup.set('handle', vm.execStreaming('echo started; read line; echo "heard $line"'));
   sup.user.set('notes', { list: [1, 'two', null], at: new Date(0) });
   return vm.id;
@@ -28,6 +29,8 @@ if (sup.input.text === 'second') {
 // The VM was stopped in between, and was started by the first command above.
 check(handle.blockResult().exitCode === 0 && handle.tail(1)[0] === 'heard this', 'its log is kept');
 check(sup.user.get('notes').list[1] === 'two' && sup.user.get('notes').at instanceof Date, 'values');
+check(sup.chat.keys().sort().join() === 'count,handle' && sup.chat.get('count') === 1, 'the chat');
+check(sup.user.keys().join() === 'notes', 'the user');
 check(sup.global.keys().sort().join() === 'session,vm' && sup.chat.id === 'qemu', 'keys');
 vm.delete();
 sup.global.set('vm', undefined);

@@ -155,7 +155,7 @@ pub(crate) async fn a_picture_and_a_sound_come_out_as_what_they_are(
         || format!("{path}: {:?}", bytes.get(..24)),
     )?;
     bench
-        .gives("sound.js", &[], "true true\ntrue video/mp4")
+        .gives("sound.js", &[], "true true\ntrue video/mp4\nimage.png")
         .await?;
     nothing_is_left(context).await
 }
