@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use protocol::hello::Limits;
 use protocol::id::{IdempotencyKey, VmId};
-use protocol::network::{Egress, GetNetwork, NetworkInfo, Publication, SetNetwork};
+use protocol::network::{
+    CreateLink, Egress, GetNetwork, LinkCreated, NetworkInfo, Publication, SetNetwork,
+};
 use protocol::vm::{
     Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, ReadConsole, StartVm, StopVm, VmInfo,
     VmPage, VmRef,
@@ -175,6 +177,12 @@ impl Client {
             publication,
         };
         self.request(&request).await
+    }
+
+    /// Makes a link that lets one visitor in to a VM whose public address asks for a token
+    /// ([`Publication::token`]). It opens once; the visitor's browser gets a cookie for it.
+    pub async fn create_link(&self, vm: VmRef) -> Result<LinkCreated, ClientError> {
+        self.request(&CreateLink { vm }).await
     }
 
     /// Deletes a VM and waits until nothing of it is left.

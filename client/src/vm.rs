@@ -3,7 +3,7 @@
 
 use protocol::Message;
 use protocol::agent::{Dial, Dialed, Health, HealthReport};
-use protocol::network::{Egress, NetworkInfo, Publication};
+use protocol::network::{Egress, LinkCreated, NetworkInfo, Publication};
 use protocol::vm::{OpenVm, Opened, VmInfo, VmRef};
 
 use crate::agent::{AgentStream, Replies, Requests};
@@ -79,6 +79,11 @@ impl Vm {
     ) -> Result<NetworkInfo, ClientError> {
         let vm = self.vm.clone();
         self.client.set_network(vm, egress, publication).await
+    }
+
+    /// A link that opens once: [`Client::create_link`].
+    pub async fn create_link(&self) -> Result<LinkCreated, ClientError> {
+        self.client.create_link(self.vm.clone()).await
     }
 
     /// How the machine does: load, memory, disk.

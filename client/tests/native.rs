@@ -175,31 +175,6 @@ async fn a_guest_that_loses_its_agent_has_panicked_and_one_that_reboots_comes_ba
     .await;
 }
 
-/// A service of the appliance, by the name that it has in the process table.
-fn service(appliance: &Appliance, name: &str) -> Option<i32> {
-    let parent = appliance.pid();
-    let of = |pid: i32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let (begin, end) = stat.rsplit_once(')')?;
-        let its: u32 = end.split_whitespace().nth(1)?.parse().ok()?;
-        (begin.ends_with(name) && its == parent).then_some(pid)
-    };
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
-        .find_map(of)
-}
-
-/// Ends a service as a crash would, and waits for the next one.
-async fn crash(appliance: &Appliance, name: &str) {
-    let pid = service(appliance, name).unwrap();
-    let gone = nix::unistd::Pid::from_raw(pid);
-    nix::sys::signal::kill(gone, nix::sys::signal::Signal::SIGKILL).unwrap();
-    while service(appliance, name).is_none_or(|now| now == pid) {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
-}
-
 #[tokio::test]
 async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
     let appliance = Appliance::start();
@@ -221,7 +196,7 @@ async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
         vm.set_network(Some(egress.clone()), None).await.unwrap();
         let attached = || appliance.log().matches("VM attached").count();
         assert_eq!(attached(), 1);
-        crash(&appliance, "supvm-control").await;
+        appliance.crash("supvm-control");
         let network = vm.network().await.unwrap();
         assert_eq!(
             (network.egress, network.publication),
@@ -230,7 +205,7 @@ async fn the_network_of_a_vm_is_kept_over_the_end_of_control_and_of_proxy() {
         // When this is answered, what proxy has is as it is to be: it kept its frame channel.
         vm.set_network(Some(egress.clone()), None).await.unwrap();
         assert_eq!(attached(), 1);
-        crash(&appliance, "supvm-proxy").await;
+        appliance.crash("supvm-proxy");
         let network = loop {
             // What was under way is lost with proxy; what is asked after that is answered.
             if let Ok(network) = vm.network().await {

@@ -44,6 +44,9 @@ fn a_vm_from_its_making_to_its_removal() {
     assert!(good(&["ls"]).contains("one"));
     assert!(good(&["ls", "-q"]).contains(id));
     assert!(good(&["url", "one"]).starts_with("https://"));
+    let (code, _, said) = sup(&appliance, home.path(), &["url", "--link", "one"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("no token"), "{said}");
     good(&["exec", "one", "--", "sh", "-c", "echo kept >file"]);
 
     good(&["stop", "one"]);
@@ -61,4 +64,58 @@ fn a_vm_from_its_making_to_its_removal() {
     let (code, _, said) = sup(&appliance, home.path(), &["inspect", "one"]);
     assert_eq!(code, 1);
     assert!(said.contains("one"), "{said}");
+}
+
+/// The status of an answer at a VM's address, and what of its header can be shown again.
+fn visit(appliance: &Appliance, ca: &Path, url: &str, cookie: &str) -> (String, String) {
+    let host = url.split('/').nth(2).unwrap().split(':').next().unwrap();
+    let edge = appliance.edge();
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--max-time", "30", "--include"])
+        .arg("--cacert")
+        .arg(ca)
+        .args(["--connect-to", &format!("{host}::{edge}")])
+        .args(["--cookie", cookie, url])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let answer = String::from_utf8(output.stdout).unwrap();
+    let status = answer.split(' ').nth(1).unwrap().to_owned();
+    let mut lines = answer.lines();
+    let cookie = lines.find_map(|line| line.strip_prefix("set-cookie: "));
+    let cookie = cookie.and_then(|cookie| cookie.split(';').next());
+    (status, cookie.unwrap_or_default().to_owned())
+}
+
+#[test]
+fn a_link_lets_one_visitor_in_once() {
+    let appliance = Appliance::start();
+    let home = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let ca = runtime.block_on(appliance.ca());
+    let good = |arguments: &[&str]| {
+        let (code, out, said) = sup(&appliance, home.path(), arguments);
+        assert_eq!(code, 0, "{arguments:?}: {said}");
+        out.trim_end().to_owned()
+    };
+    let status = |url: &str, cookie: &str| visit(&appliance, &ca, url, cookie).0;
+    good(&["create", "--name", "two", "--url-token", "secret"]);
+    let (url, link) = (good(&["url", "two"]), good(&["url", "two", "--link"]));
+    assert!(!link.contains("secret"), "{link}");
+    assert_eq!(status(&url, ""), "401");
+    let (first, cookie) = visit(&appliance, &ca, &link, "");
+    assert_eq!(first, "303");
+    assert_eq!(status(&link, ""), "403", "a link opens once");
+    // Here a VM has no network, which only who was let in is told.
+    assert_eq!(status(&url, &cookie), "504");
+    // One that was not opened is worth nothing to the proxy that comes after a crash.
+    let link = good(&["url", "two", "--link"]);
+    let edge = appliance.edge();
+    appliance.crash("supvm-proxy");
+    // A request of its own waits until the new one serves.
+    good(&["url", "two"]);
+    assert_ne!(appliance.edge(), edge);
+    let (first, _) = visit(&appliance, &ca, &link, "");
+    assert_eq!(first, "403");
 }

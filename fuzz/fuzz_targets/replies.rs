@@ -108,6 +108,7 @@ fuzz_target!(|bytes: &[u8]| {
         reply::<protocol::vm::Opened>(&frame);
         reply::<protocol::vm::Console>(&frame);
         reply::<protocol::network::NetworkInfo>(&frame);
+        reply::<protocol::network::LinkCreated>(&frame);
         reply::<protocol::process::ProcessStarted>(&frame);
         reply::<protocol::process::ProcessEnded>(&frame);
         seen.push(frame);

@@ -198,8 +198,12 @@ impl Kind {
     pub const GET_NETWORK: Self = Self(0x0400);
     /// [`SetNetwork`](crate::network::SetNetwork), answered by [`Kind::NETWORK`].
     pub const SET_NETWORK: Self = Self(0x0401);
+    /// [`CreateLink`](crate::network::CreateLink), answered by [`Kind::LINK_CREATED`].
+    pub const CREATE_LINK: Self = Self(0x0402);
     /// [`NetworkInfo`](crate::network::NetworkInfo).
     pub const NETWORK: Self = Self(0x0410);
+    /// [`LinkCreated`](crate::network::LinkCreated).
+    pub const LINK_CREATED: Self = Self(0x0411);
 }
 
 impl fmt::Debug for Kind {

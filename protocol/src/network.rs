@@ -318,6 +318,30 @@ pub struct NetworkInfo {
     pub counters: NetworkCounters,
 }
 
+/// The field of a query in which a one-time link carries its secret.
+pub const LINK_QUERY: &str = "supvm_link";
+
+/// Seconds for which a one-time link can be opened.
+pub const LINK_LIFETIME_S: u32 = 24 * 60 * 60;
+
+/// Asks for a link that lets one visitor in to a VM whose public address asks for a token. A VM
+/// without a token is refused with `InvalidArgument`: its address is its link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateLink {
+    /// Which VM.
+    pub vm: VmRef,
+}
+
+/// Answer to [`CreateLink`]. The link is worth nothing after it was opened, once the VM's token has
+/// changed, and when the appliance's proxy process was started anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkCreated {
+    /// The VM's public address with [`LINK_QUERY`].
+    pub url: String,
+    /// Seconds for which it can be opened.
+    pub lifetime_s: u32,
+}
+
 /// What was counted for a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkCounters {
@@ -349,6 +373,8 @@ messages! {
     GET_NETWORK => GetNetwork,
     SET_NETWORK => SetNetwork,
     NETWORK => NetworkInfo,
+    CREATE_LINK => CreateLink,
+    LINK_CREATED => LinkCreated,
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use protocol::encode;
 use protocol::frame::HEADER_LEN;
 use protocol::message::{Message, decode_body};
 use protocol::network::{
-    Destination, Egress, GetNetwork, NetworkCounters, NetworkInfo, Publication, Rule, RuleAction,
-    RuleProtocol, SetNetwork,
+    CreateLink, Destination, Egress, GetNetwork, LinkCreated, NetworkCounters, NetworkInfo,
+    Publication, Rule, RuleAction, RuleProtocol, SetNetwork,
 };
 use protocol::vm::VmRef;
 
@@ -71,11 +71,17 @@ fn golden_networks() {
           \x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07",
     );
     let nothing = SetNetwork {
-        vm,
+        vm: vm.clone(),
         egress: None,
         publication: None,
     };
     golden(&nothing, b"\x06\0\0\0\x01\x04\0\x03web\0\0");
+    golden(&CreateLink { vm }, b"\x04\0\0\0\x02\x04\0\x03web");
+    let link = LinkCreated {
+        url: "https://a.b/".into(),
+        lifetime_s: 300,
+    };
+    golden(&link, b"\x0f\0\0\0\x11\x04\0\x0chttps://a.b/\xac\x02");
     let info = NetworkInfo {
         egress: Egress::default(),
         publication: Publication::default(),

@@ -8,7 +8,7 @@ use protocol::file::manage::DirectoryEntry;
 use protocol::file::transfer::{FileWritten, UploadId, UploadState};
 use protocol::file::tree::TreeUnpacked;
 use protocol::file::watch::FileEvent;
-use protocol::network::{Egress, NetworkInfo, Publication};
+use protocol::network::{Egress, LinkCreated, NetworkInfo, Publication};
 use protocol::vm::{VmInfo, VmRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -30,6 +30,7 @@ impl Vm {
         fn health(&self) -> HealthReport;
         fn network(&self) -> NetworkInfo;
         fn set_network(&self, egress: Option<Egress>, publication: Option<Publication>) -> NetworkInfo;
+        fn create_link(&self) -> LinkCreated;
         fn stat(&self, path: impl AsRef<[u8]>) -> FileInfo;
         fn stat_link(&self, path: impl AsRef<[u8]>) -> FileInfo;
         fn list_dir(&self, path: impl AsRef<[u8]>, limit: usize) -> Vec<DirectoryEntry>;

@@ -26,7 +26,7 @@ pub use process::{Execution, Follow, Input, Process};
 
 use protocol::hello::Limits;
 use protocol::id::VmId;
-use protocol::network::{Egress, NetworkInfo, Publication};
+use protocol::network::{Egress, LinkCreated, NetworkInfo, Publication};
 use protocol::vm::{CreateVm, VmInfo, VmPage, VmRef};
 
 use crate::{ClientError, Endpoint, Trust};
@@ -100,6 +100,7 @@ impl Client {
         fn start(&self, vm: VmRef) -> VmInfo;
         fn network(&self, vm: VmRef) -> NetworkInfo;
         fn set_network(&self, vm: VmRef, egress: Option<Egress>, publication: Option<Publication>) -> NetworkInfo;
+        fn create_link(&self, vm: VmRef) -> LinkCreated;
         fn delete(&self, vm: VmRef) -> ();
     }
 

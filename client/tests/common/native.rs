@@ -134,6 +134,39 @@ impl Appliance {
             .unwrap()
     }
 
+    /// Where the VMs' public addresses are served, after the last of these that were logged.
+    pub(crate) fn edge(&self) -> String {
+        let log = self.log();
+        let (_, rest) = log.rsplit_once("serving VMs https=\"").expect("no edge");
+        rest.split('"').next().unwrap().to_owned()
+    }
+
+    /// A service, by the name that it has in the process table.
+    fn service(&self, name: &str) -> Option<i32> {
+        let of = |pid: i32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let (begin, end) = stat.rsplit_once(')')?;
+            let its: u32 = end.split_whitespace().nth(1)?.parse().ok()?;
+            (begin.ends_with(name) && its == self.pid()).then_some(pid)
+        };
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+            .find_map(of)
+    }
+
+    /// Ends a service as a crash would, and waits for the next one.
+    pub(crate) fn crash(&self, name: &str) {
+        let pid = self.service(name).unwrap();
+        let gone = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(gone, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let begin = Instant::now();
+        while self.service(name).is_none_or(|now| now == pid) {
+            assert!(begin.elapsed() < PATIENCE, "{name} does not come back");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// What the files of a VM are called on this machine.
     pub(crate) fn root_of(&self, vm: &str) -> PathBuf {
         self.state().join("vms").join(vm).join("root")

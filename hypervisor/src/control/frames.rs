@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use protocol::host::channel::ChannelError;
 use protocol::host::proxy::{
-    AttachVm, Attached, Count, Counted, DetachVm, FramesLost, ListAttached, UpdateVm,
+    AdmitLink, AttachVm, Attached, Count, Counted, DetachVm, FramesLost, ListAttached, UpdateVm,
 };
 use protocol::host::supervisor::Run;
 use protocol::id::VmId;
@@ -203,6 +203,16 @@ impl Frames {
             .ok()
             .flatten()
             .unwrap_or_default()
+    }
+
+    /// Tells proxy of a link; whether there is one that was told. Answers that follow on this line
+    /// come after it.
+    pub(crate) async fn admit(&self, link: &AdmitLink) -> bool {
+        let line = self.state().line.as_ref().map(|line| line.channel.clone());
+        match line {
+            Some(channel) => channel.send(link, &[]).await.is_ok(),
+            None => false,
+        }
     }
 
     /// Begins with a proxy that was connected to. What it has must be asked for first.

@@ -11,7 +11,7 @@ use protocol::hello::{GENERATION, Hello, HelloOk, Limits};
 use protocol::host::proxy::{ApiRequest, Awake, DialAgent, EdgeRequest, LookUp, LookedUp, Wake};
 use protocol::id::{Owner, Subdomain, VmId};
 use protocol::message::{decode_body, encode_body};
-use protocol::network::{GetNetwork, NetworkCounters, NetworkInfo, SetNetwork};
+use protocol::network::{CreateLink, GetNetwork, NetworkCounters, NetworkInfo, SetNetwork};
 use protocol::vm::{
     Console, CreateVm, DeleteVm, Deleted, GetVm, ListVms, MAX_CONSOLE, MAX_REQUEST, OpenVm, Opened,
     ReadConsole, StartVm, StopVm, VmState,
@@ -20,6 +20,7 @@ use protocol::{ErrorBody, ErrorCode, Kind, Message};
 use proxy::Quiet;
 
 use super::create::check_egress;
+use super::links;
 use super::registry::Registry;
 use super::tokens::Tokens;
 use super::vm::{Command, Host, OpenedStream, View, VmHandle, not_found};
@@ -170,6 +171,11 @@ impl Requests {
                 };
                 let view = handle.ask(set).await?;
                 self.network(&view).await
+            }
+            Kind::CREATE_LINK => {
+                let CreateLink { vm } = decode_body(body)?;
+                let view = self.registry.find(owner, &vm)?.view.borrow().clone();
+                Answer::of(&links::create(&self.host, &view).await?)
             }
             Kind::OPEN_VM => self.open(owner, &decode_body(body)?).await,
             kind => Err(ErrorBody::caller(

@@ -370,6 +370,16 @@ mod tests {
             &looked_up,
             "\\\"\\x00\\x00\\x00\\x19\\x83\\x00\\x01\\x01aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
         );
+        let admit = AdmitLink {
+            subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
+            secret: [b's'; 32],
+            token: [b'a'; 32],
+            lifetime_s: 300,
+        };
+        golden(
+            &admit,
+            "W\\x00\\x00\\x00\\x1a\\x83\\x00\\x14abcdefghijklmnopqrstssssssssssssssssssssssssssssssssaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\\xac\\x02",
+        );
         let wake = Wake {
             subdomain: "abcdefghijklmnopqrst".parse().unwrap(),
         };

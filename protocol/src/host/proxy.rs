@@ -57,6 +57,8 @@ impl Kind {
     pub const LOOK_UP: Self = Self(0x8318);
     /// [`LookedUp`].
     pub const LOOKED_UP: Self = Self(0x8319);
+    /// [`AdmitLink`], control to proxy, unanswered.
+    pub const ADMIT_LINK: Self = Self(0x831a);
 }
 
 /// The names of the descriptors that proxy is started with.
@@ -221,6 +223,20 @@ pub struct DetachVm {
     pub generation: u64,
 }
 
+/// Whoever opens a link with this secret is let in, once. It is sent before the answer that tells
+/// the link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdmitLink {
+    /// The label of the public address.
+    pub subdomain: Subdomain,
+    /// The BLAKE3 hash of the secret.
+    pub secret: [u8; 32],
+    /// The hash of the token that the VM has now; when it changes, the link is worth nothing.
+    pub token: [u8; 32],
+    /// Seconds for which it can be opened.
+    pub lifetime_s: u32,
+}
+
 /// What the edge wants. No client can send it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EdgeRequest {
@@ -376,6 +392,7 @@ messages! {
     EDGE_REQUEST => EdgeRequest,
     LOOK_UP => LookUp,
     LOOKED_UP => LookedUp,
+    ADMIT_LINK => AdmitLink,
     WAKE => Wake,
     AWAKE => Awake,
     DIAL_AGENT => DialAgent,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use protocol::Message;
 use protocol::host::channel::{ChannelError, Packet};
 use protocol::host::proxy::{
-    ApiReply, AttachVm, Attached, CertificateOrdered, Count, Counted, DetachVm, ListAttached,
-    OrderCertificate, Serve, Serving, UpdateVm,
+    AdmitLink, ApiReply, AttachVm, Attached, CertificateOrdered, Count, Counted, DetachVm,
+    ListAttached, OrderCertificate, Serve, Serving, UpdateVm,
 };
 use tokio::sync::mpsc;
 
@@ -100,6 +100,7 @@ async fn receive(
                     None => tracing::error!(vm = %attach.vm, "attached without a frame channel"),
                 }
             }
+            AdmitLink::KIND => shared.edge.admit(&protocol::decode(&frame)?),
             UpdateVm::KIND => shared.vms.update(protocol::decode(&frame)?),
             DetachVm::KIND => shared.vms.detach(&protocol::decode(&frame)?),
             ListAttached::KIND => {

@@ -1,5 +1,5 @@
-//! Who may come in to a VM whose owner set a token. The token is shown in a header field, or in a
-//! link that is traded for a cookie; the guest sees none of the three. The cookie is not the token:
+//! Who may come in to a VM whose owner set a token. The token is shown in a header field; a link that
+//! opens once is traded for a cookie; the guest sees none of the three. The cookie is not the token:
 //! it can be made of the token's hash, and is worth nothing once the token has changed.
 
 use std::collections::HashMap;
@@ -10,19 +10,17 @@ use std::time::Duration;
 use http::header::{AUTHORIZATION, COOKIE};
 use http::{HeaderMap, HeaderValue, Method};
 use protocol::id::Subdomain;
-use protocol::network::Publication;
+use protocol::network::{LINK_QUERY, Publication};
 use tokio::time::Instant;
 
 use super::headers::SUPVM_TOKEN;
+use super::links::Links;
 use super::pages::Page;
 use crate::api::strangers::network;
 
 /// The cookie's name. Browsers take a name that begins like this only from the very host that it
 /// is sent back to, so no VM can set it for another.
 const COOKIE_NAME: &str = "__Host-supvm";
-
-/// The field of a query that carries the token.
-const QUERY: &str = "supvm_token";
 
 /// Networks whose wrong tokens are counted.
 const NETWORKS: usize = 4_096;
@@ -32,14 +30,14 @@ const NETWORKS: usize = 4_096;
 pub(crate) enum Verdict {
     /// It goes on.
     Enter {
-        /// Path and query without a token, where there was one.
+        /// Path and query without a link's secret, where there was one.
         target: Option<String>,
     },
-    /// The visitor came by the link: it gets this cookie and comes again by this path.
+    /// The visitor came by a link: it gets this cookie and comes again by this path.
     Trade {
         /// `Set-Cookie`.
         cookie: String,
-        /// Path and query without the token.
+        /// Path and query without the secret.
         target: String,
     },
     /// It ends here.
@@ -61,6 +59,7 @@ pub(crate) fn check(
     knock: &Knock<'_>,
     headers: &mut HeaderMap,
     tries: &Tries,
+    links: &Links,
 ) -> Verdict {
     let cookie = take_cookie(headers);
     let shown = headers.remove(SUPVM_TOKEN);
@@ -86,35 +85,41 @@ pub(crate) fn check(
         return enter(rest);
     }
     let bearer = headers.get(AUTHORIZATION).and_then(bearer);
-    let read = knock.method == Method::GET || knock.method == Method::HEAD;
-    let link = link.filter(|_| read);
-    let any = shown.is_some() || bearer.is_some() || link.is_some();
-    if !any {
-        return Verdict::Refuse(Page::Unauthorized);
+    let shows = shown.is_some() || bearer.is_some();
+    let allowed = shows && tries.allowed(knock.address);
+    if allowed {
+        let bearer = bearer.is_some_and(right);
+        if bearer {
+            headers.remove(AUTHORIZATION);
+        }
+        if bearer || shown.is_some_and(|token| right(token.as_bytes())) {
+            return enter(rest);
+        }
     }
-    if !tries.allowed(knock.address) {
-        return Verdict::Refuse(Page::TooManyTries);
-    }
-    let bearer = bearer.is_some_and(right);
-    if bearer {
-        headers.remove(AUTHORIZATION);
-    }
-    if bearer || shown.is_some_and(|token| right(token.as_bytes())) {
-        return enter(rest);
-    }
-    if let (Some(token), Some(target)) = (link, rest)
-        && right(token.as_bytes())
-    {
-        let ticket = ticket(&hash, knock.subdomain).to_hex();
-        return Verdict::Trade {
-            cookie: format!(
+    // Only GET is sure to be somebody who wants to see what is there.
+    let link = link.filter(|_| knock.method == Method::GET);
+    match (link, rest) {
+        (Some(secret), Some(target))
+            if links.spend(knock.subdomain, &hash, &secret, Instant::now()) =>
+        {
+            let ticket = ticket(&hash, knock.subdomain).to_hex();
+            let cookie = format!(
                 "{COOKIE_NAME}={ticket}; Path=/; Max-Age=2592000; Secure; HttpOnly; SameSite=Lax"
-            ),
-            target,
-        };
+            );
+            return Verdict::Trade { cookie, target };
+        }
+        // A secret has too many bits to be found by trying: it is not counted.
+        (Some(_), _) if !shows => return Verdict::Refuse(Page::LinkSpent),
+        _ => {}
     }
-    tries.failed(knock.address);
-    Verdict::Refuse(Page::Forbidden)
+    Verdict::Refuse(match (shows, allowed) {
+        (false, _) => Page::Unauthorized,
+        (true, false) => Page::TooManyTries,
+        (true, true) => {
+            tries.failed(knock.address);
+            Page::Forbidden
+        }
+    })
 }
 
 /// What the cookie says when the token has this hash.
@@ -132,15 +137,15 @@ fn bearer(value: &HeaderValue) -> Option<&[u8]> {
         .then(|| token.trim_ascii())
 }
 
-/// The token of a link, and path and query without it.
+/// The secret of a link, and path and query without it.
 fn link(target: &str) -> Option<(String, String)> {
     let (path, query) = target.split_once('?')?;
-    let mut token = None;
+    let mut secret = None;
     let rest: Vec<&str> = query
         .split('&')
         .filter(|field| match field.split_once('=') {
-            Some((QUERY, value)) => {
-                token = Some(value.to_owned());
+            Some((LINK_QUERY, value)) => {
+                secret = Some(value.to_owned());
                 false
             }
             _ => true,
@@ -150,7 +155,7 @@ fn link(target: &str) -> Option<(String, String)> {
         [] => path.to_owned(),
         rest => format!("{path}?{}", rest.join("&")),
     };
-    token.map(|token| (token, target))
+    secret.map(|secret| (secret, target))
 }
 
 /// Takes our cookie out of the fields and joins the others in one.
@@ -240,12 +245,33 @@ impl Tries {
 
 #[cfg(test)]
 mod tests {
+    use protocol::host::proxy::AdmitLink;
+
     use super::*;
 
     const ENTER: Verdict = Verdict::Enter { target: None };
     const NAME: &str = "abcdefghijklmnopqrst";
 
+    /// What becomes of a request while a link with the secret `once` waits.
     fn knock(target: &str, fields: &[(&str, &str)], tries: &Tries) -> (Verdict, HeaderMap) {
+        let links = Links::default();
+        let link = AdmitLink {
+            subdomain: NAME.parse().unwrap(),
+            secret: *blake3::hash(b"once").as_bytes(),
+            token: *blake3::hash(b"secret").as_bytes(),
+            lifetime_s: 60,
+        };
+        links.admit(&link, Instant::now());
+        knock_with(&Method::GET, target, fields, tries, &links)
+    }
+
+    fn knock_with(
+        method: &Method,
+        target: &str,
+        fields: &[(&str, &str)],
+        tries: &Tries,
+        links: &Links,
+    ) -> (Verdict, HeaderMap) {
         let publication = Publication {
             autostart: true,
             token: Some(*blake3::hash(b"secret").as_bytes()),
@@ -256,12 +282,12 @@ mod tests {
             headers.append(name, HeaderValue::try_from(*value).unwrap());
         }
         let knock = Knock {
-            method: &Method::GET,
+            method,
             target,
             address: "192.0.2.1".parse().unwrap(),
             subdomain: &NAME.parse().unwrap(),
         };
-        let verdict = check(&publication, &knock, &mut headers, tries);
+        let verdict = check(&publication, &knock, &mut headers, tries, links);
         (verdict, headers)
     }
 
@@ -292,7 +318,7 @@ mod tests {
     #[test]
     fn a_link_is_traded_for_a_cookie_that_opens_without_being_the_token() {
         let tries = tries();
-        let (verdict, _) = knock("//evil/x?a=1&supvm_token=secret&b=2", &[], &tries);
+        let (verdict, _) = knock("//evil/x?a=1&supvm_link=once&b=2", &[], &tries);
         let Verdict::Trade { cookie, target } = verdict else {
             panic!("{verdict:?}");
         };
@@ -306,11 +332,42 @@ mod tests {
         assert_eq!(verdict, ENTER);
         assert_eq!(headers["cookie"], "a=1; b=2; c=3");
         assert_eq!(headers.get_all("cookie").iter().count(), 1);
-        let (verdict, _) = knock("/?supvm_token=wrong", &[], &tries);
-        assert_eq!(verdict, Verdict::Refuse(Page::Forbidden));
+        let (verdict, _) = knock("/?supvm_link=secret", &[], &tries);
+        assert_eq!(verdict, Verdict::Refuse(Page::LinkSpent), "not the token");
         let forged = format!("{COOKIE_NAME}={hash}");
         let (verdict, _) = knock("/", &[("cookie", &forged)], &tries);
         assert_eq!(verdict, Verdict::Refuse(Page::Unauthorized));
+    }
+
+    #[test]
+    fn a_link_is_spent_by_nobody_but_who_needs_it() {
+        let (tries, links) = (tries(), Links::default());
+        let link = AdmitLink {
+            subdomain: NAME.parse().unwrap(),
+            secret: *blake3::hash(b"once").as_bytes(),
+            token: *blake3::hash(b"secret").as_bytes(),
+            lifetime_s: 60,
+        };
+        links.admit(&link, Instant::now());
+        let target = "/?supvm_link=once";
+        for method in [Method::HEAD, Method::POST] {
+            let (verdict, _) = knock_with(&method, target, &[], &tries, &links);
+            assert_eq!(verdict, Verdict::Refuse(Page::Unauthorized), "{method}");
+        }
+        let token = [("x-supvm-token", "secret")];
+        let (verdict, _) = knock_with(&Method::GET, target, &token, &tries, &links);
+        let target_without = Some("/".to_owned());
+        let entered = Verdict::Enter {
+            target: target_without,
+        };
+        assert_eq!(verdict, entered, "who has the token");
+        // A field of the guest's own does not keep a link from opening, nor do tries.
+        let own = [("authorization", "Bearer mine")];
+        let none = Tries::new(0, Duration::from_secs(60));
+        let (verdict, _) = knock_with(&Method::GET, target, &own, &none, &links);
+        assert!(matches!(verdict, Verdict::Trade { .. }), "{verdict:?}");
+        let (verdict, _) = knock_with(&Method::GET, target, &[], &tries, &links);
+        assert_eq!(verdict, Verdict::Refuse(Page::LinkSpent));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod fuzz;
 pub mod guests;
 mod headers;
 pub mod limits;
+mod links;
 mod listen;
 mod log;
 mod pages;
@@ -31,15 +32,17 @@ mod websocket;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use protocol::host::proxy::{CustomDomain, ServeEdge};
+use protocol::host::proxy::{AdmitLink, CustomDomain, ServeEdge};
 use protocol::network::DomainName;
 use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use access::Tries;
 use challenges::Challenges;
 use guests::{Guest, Guests};
 use limits::Limits;
+use links::Links;
 use listen::{Listening, Speaks};
 use places::Places;
 use pool::{Pools, VmPool};
@@ -84,6 +87,7 @@ struct Core<G> {
     places: Arc<Places>,
     pools: Pools,
     tries: Tries,
+    links: Links,
     tasks: Tasks,
 }
 
@@ -138,6 +142,7 @@ impl<G: Guests> Edge<G> {
                 tls: RwLock::new(None),
                 challenges: Arc::default(),
                 pools: Pools::default(),
+                links: Links::default(),
                 tasks: Tasks::default(),
             }),
             listening: Mutex::default(),
@@ -199,6 +204,11 @@ impl<G: Guests> Edge<G> {
             Err(error) => applied.message = format!("{}; {error}", applied.message),
         }
         applied
+    }
+
+    /// Takes in a link that lets one visitor in to a VM with a token.
+    pub fn admit(&self, link: &AdmitLink) {
+        self.core.links.admit(link, Instant::now());
     }
 
     /// Shows these certificates from now on. Connections that are open go on with the old ones.

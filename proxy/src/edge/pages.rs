@@ -23,6 +23,8 @@ pub(crate) enum Page {
     Unauthorized,
     /// The token is wrong.
     Forbidden,
+    /// The link was opened before, or is too old.
+    LinkSpent,
     /// Too many wrong tokens.
     TooManyTries,
     /// No VM has this name.
@@ -89,6 +91,11 @@ impl Page {
             Self::BadRequest(_) => (S::BAD_REQUEST, "bad_request", "Malformed request"),
             Self::Unauthorized => (S::UNAUTHORIZED, "token_required", "A token is needed"),
             Self::Forbidden => (S::FORBIDDEN, "wrong_token", "The token is wrong"),
+            Self::LinkSpent => (
+                S::FORBIDDEN,
+                "link_spent",
+                "This link does not open any more",
+            ),
             Self::TooManyTries => (
                 S::TOO_MANY_REQUESTS,
                 "too_many_tries",
@@ -141,9 +148,14 @@ impl Page {
             Self::Landing(_) => "VMs have their addresses below this name.".into(),
             Self::BadRequest(why) => format!("The request is refused: {why}."),
             Self::Unauthorized => "Send the VM's token as `X-Supvm-Token` or `Authorization: \
-                 Bearer`, or open the link with `?supvm_token=` once."
+                 Bearer`, or ask its owner for a link (`sup url --link`)."
                 .into(),
-            Self::Forbidden => "Ask the VM's owner for the current token or link.".into(),
+            Self::Forbidden => "Ask the VM's owner for the current token.".into(),
+            Self::LinkSpent => {
+                "A link opens once, within a day, while the token is the same. Ask the \
+                 VM's owner for a new one (`sup url --link`)."
+                    .into()
+            }
             Self::TooManyTries => "Wait a minute before the next try.".into(),
             Self::NotFound => "Check the address: no VM has this name.".into(),
             Self::MethodNotAllowed => "Use another method.".into(),

@@ -183,7 +183,8 @@ async fn respond<G: Guests>(
         address: connection.peer.ip(),
         subdomain: &subdomain,
     };
-    match check(&publication, &knock, &mut head.headers, &core.tries) {
+    let (tries, links) = (&core.tries, &core.links);
+    match check(&publication, &knock, &mut head.headers, tries, links) {
         Verdict::Enter { target: None } => {}
         Verdict::Enter {
             target: Some(target),

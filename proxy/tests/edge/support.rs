@@ -15,9 +15,9 @@ use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use protocol::host::proxy::ServeEdge;
+use protocol::host::proxy::{AdmitLink, ServeEdge};
 use protocol::id::Subdomain;
-use protocol::network::Publication;
+use protocol::network::{LINK_QUERY, Publication};
 use proxy::edge::Edge;
 use proxy::edge::guests::{ConnectError, Guest, Guests, Refusal};
 use proxy::edge::limits::Limits;
@@ -199,6 +199,19 @@ impl World {
     pub(crate) fn token(&self, name: &Name, token: &str) {
         let hash = *blake3::hash(token.as_bytes()).as_bytes();
         self.change(name, |vm| vm.guest.publication.token = Some(hash));
+    }
+
+    /// A path that lets one visitor in whose VM has this token.
+    pub(crate) fn link(&self, name: &Name, token: &str) -> String {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let secret = format!("once-{}", NEXT.fetch_add(1, Ordering::SeqCst));
+        self.edge.admit(&AdmitLink {
+            subdomain: name.0.clone(),
+            secret: *blake3::hash(secret.as_bytes()).as_bytes(),
+            token: *blake3::hash(token.as_bytes()).as_bytes(),
+            lifetime_s: 60,
+        });
+        format!("{LINK_QUERY}={secret}")
     }
 
     pub(crate) fn listens(&self, name: &Name, port: u16, to: SocketAddr) {

@@ -77,6 +77,9 @@ pub(crate) enum Task {
     Url {
         /// The VM's id or name
         vm: VmRef,
+        /// Make a link that lets one visitor in without the token; it opens once, within a day
+        #[arg(long)]
+        link: bool,
     },
     /// Show what a VM may reach and who may reach it, or change that
     Network(crate::rules::Network),

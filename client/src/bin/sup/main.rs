@@ -155,9 +155,12 @@ async fn run(arguments: Arguments) -> Result<u8, Complaint> {
         Task::Cp(copy) => {
             with_client(target()?, async |client| copy::run(client, copy).await).await
         }
-        Task::Url { vm } => {
-            let url =
-                with_client(target()?, async |client| network::url(client, &vm).await).await?;
+        Task::Url { vm, link } => {
+            let finding = async |client: &Client| match link {
+                true => network::link(client, &vm).await,
+                false => network::url(client, &vm).await,
+            };
+            let url = with_client(target()?, finding).await?;
             print(&format!("{url}\n"))
         }
         Task::Network(network) => {

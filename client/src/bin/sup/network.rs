@@ -23,6 +23,14 @@ pub(crate) async fn url(client: &Client, vm: &VmRef) -> Result<String, Complaint
     Ok(info.url.to_string())
 }
 
+/// A link that lets one visitor in.
+pub(crate) async fn link(client: &Client, vm: &VmRef) -> Result<String, Complaint> {
+    let what = format!("making a link to {vm}");
+    let link = client.create_link(vm.clone()).await;
+    let link = link.map_err(|error| Complaint::of(&what, &error))?;
+    Ok(harmless(&link.url))
+}
+
 /// How long the opener may take to say that it cannot; then it is the browser itself.
 const OPENING: Duration = Duration::from_secs(5);
 

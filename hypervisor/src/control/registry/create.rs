@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::super::create::{MACHINE_MODEL, Plan, Wanted};
 use super::super::injected_panic;
+use super::super::random::random;
 use super::super::store::Copied;
 use super::super::store::record::{RunState, VmRecord};
 use super::super::vm::{Beginning, internal};
@@ -258,15 +259,4 @@ impl Registry {
 enum Begun {
     There(VmId),
     UnderWay(VmId, Progress),
-}
-
-/// Random bytes. A kernel without any is a host that cannot go on: the identifiers of VMs are
-/// secrets.
-fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    if let Err(error) = getrandom::fill(&mut bytes) {
-        tracing::error!(%error, "no random bytes from the kernel");
-        std::process::abort();
-    }
-    bytes
 }

@@ -9,7 +9,8 @@ use protocol::host::proxy::{Awake, DialAgent, FramesLost, LookUp, LookedUp, Wake
 use protocol::host::vmm::Ending;
 use protocol::id::Subdomain;
 use protocol::network::{
-    Egress, GetNetwork, NetworkInfo, Publication, Rule, RuleAction, RuleProtocol, SetNetwork,
+    CreateLink, Egress, GetNetwork, LinkCreated, NetworkInfo, Publication, Rule, RuleAction,
+    RuleProtocol, SetNetwork,
 };
 use protocol::vm::{GetVm, OpenVm, Opened, StartVm, StopVm, VmInfo, VmState};
 use protocol::{ErrorBody, ErrorCode, Retry};
@@ -250,6 +251,39 @@ async fn a_network_is_its_owners_and_bad_rules_change_nothing() {
     bad.egress.rules = vec![rules("*").rules.remove(0); 257];
     let error = world.create(&bad).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidArgument);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_is_known_to_proxy_when_it_is_told_and_only_proxy_knows_its_secret() {
+    let world = World::new().await;
+    let made = world.create(&create(1)).await.unwrap();
+    let ask = CreateLink { vm: by_id(&made) };
+    let link = async |token| world.api().ask::<_, LinkCreated>(token, &ask).await;
+    let error = link("mine").await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument, "it has no token");
+    let set = SetNetwork {
+        vm: by_id(&made),
+        egress: None,
+        publication: Some(closed()),
+    };
+    let _: NetworkInfo = world.ask(&set).await.unwrap();
+    let error = link("yours").await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::VmNotFound);
+    // One that is stopped is as good.
+    let _: VmInfo = world.ask(&stop(&made)).await.unwrap();
+    let (first, second) = (link("mine").await.unwrap().0, link("mine").await.unwrap().0);
+    let state = world.has.state();
+    assert_eq!(state.links.len(), 2);
+    for (link, admitted) in [first, second].iter().zip(&state.links) {
+        let (address, secret) = link.url.split_once("/?supvm_link=").unwrap();
+        assert_eq!(address, made.url);
+        let hash = *blake3::hash(secret.as_bytes()).as_bytes();
+        assert_eq!(admitted.secret, hash);
+        assert_eq!(admitted.subdomain, made.subdomain);
+        assert_eq!(Some(admitted.token), closed().token);
+        assert_eq!(admitted.lifetime_s, link.lifetime_s);
+    }
+    assert_ne!(state.links[0].secret, state.links[1].secret);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

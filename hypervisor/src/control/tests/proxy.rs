@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use protocol::host::proxy::{
-    ApiAbandoned, ApiReply, ApiRequest, AttachVm, Attached, Count, Counted, DetachVm, EdgeRequest,
-    ListAttached, Serve, Serving, UpdateVm,
+    AdmitLink, ApiAbandoned, ApiReply, ApiRequest, AttachVm, Attached, Count, Counted, DetachVm,
+    EdgeRequest, ListAttached, Serve, Serving, UpdateVm,
 };
 use protocol::id::VmId;
 use protocol::message::{decode_body, encode_body};
@@ -165,6 +165,7 @@ pub(super) struct HasState {
     pub(super) vms: BTreeMap<VmId, (AttachVm, OwnedFd)>,
     pub(super) attaches: usize,
     pub(super) updates: usize,
+    pub(super) links: Vec<AdmitLink>,
     /// What it has counted; none when it says nothing.
     pub(super) requests: Option<u64>,
 }
@@ -192,6 +193,10 @@ impl Has {
                     vm.egress = update.egress;
                     vm.publication = update.publication;
                 }
+            }
+            Kind::ADMIT_LINK => {
+                let link = decode(frame).unwrap();
+                self.state().links.push(link);
             }
             Kind::DETACH_VM => {
                 let detach: DetachVm = decode(frame).unwrap();
