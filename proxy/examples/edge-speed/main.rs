@@ -77,9 +77,16 @@ async fn measure() {
         let alone = Alone::start(directory.path(), backend).await;
         let nginx = Nginx::start(directory.path(), backend).await;
         let targets = [alone.target(), nginx.target()];
-        requests(directory.path(), &targets, true).await;
-        requests(directory.path(), &targets, false).await;
+        requests(directory.path(), "", &targets, true).await;
+        requests(directory.path(), "", &targets, false).await;
         handshakes(&targets).await;
+        drop((alone, nginx));
+        let whole = Whole::start(directory.path()).await;
+        let nginx = Nginx::start(directory.path(), whole.plug(1).await).await;
+        let targets = [whole.target(1), nginx.target()];
+        let through = "a VM's stack (nginx: a pair of devices), ";
+        requests(directory.path(), through, &targets, true).await;
+        requests(directory.path(), through, &targets, false).await;
     }
     if wanted("requests") {
         return;
@@ -122,7 +129,7 @@ async fn flood(directory: &std::path::Path, whole: &Whole) -> [[Vec<f64>; 2]; 2]
     values
 }
 
-async fn requests(directory: &std::path::Path, targets: &[Target; 2], http1: bool) {
+async fn requests(directory: &std::path::Path, through: &str, targets: &[Target; 2], http1: bool) {
     let mut rates = [Vec::new(), Vec::new()];
     let mut lasts = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
@@ -133,8 +140,16 @@ async fn requests(directory: &std::path::Path, targets: &[Target; 2], http1: boo
         }
     }
     let version = if http1 { "HTTP/1.1" } else { "HTTP/2" };
-    row(&format!("{version}, requests per second"), "", rates);
-    row(&format!("{version}, 99th percentile"), " ms", lasts);
+    row(
+        &format!("{through}{version}, requests per second"),
+        "",
+        rates,
+    );
+    row(
+        &format!("{through}{version}, 99th percentile"),
+        " ms",
+        lasts,
+    );
 }
 
 async fn handshakes(targets: &[Target; 2]) {

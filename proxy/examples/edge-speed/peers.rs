@@ -2,7 +2,7 @@
 //! nginx. Each is a process of its own.
 
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -310,7 +310,7 @@ impl Whole {
             let (guest, channel) = net::Guest::with_relay(libc::IFF_VNET_HDR, offload::relay);
             guest
                 .run(|| {
-                    let listener = TcpListener::bind("10.213.0.2:3000").unwrap();
+                    let listener = TcpListener::bind("0.0.0.0:3000").unwrap();
                     std::thread::spawn(|| servers::run(listener));
                 })
                 .await;
@@ -335,6 +335,25 @@ impl Whole {
             _control: control,
             guests,
         }
+    }
+
+    /// Connects this namespace to a VM's by a pair of devices; gives its server's address there.
+    pub(crate) async fn plug(&self, vm: usize) -> SocketAddr {
+        let namespace = self.guests[vm].namespace();
+        let namespace = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
+        for line in [
+            &format!("ip link add plug0 type veth peer name plug1 netns {namespace}"),
+            "ip address add 10.214.0.1/24 dev plug0",
+            "ip link set plug0 mtu 65520 up",
+        ] {
+            net::run(line);
+        }
+        let there = || {
+            net::run("ip address add 10.214.0.2/24 dev plug1");
+            net::run("ip link set plug1 mtu 65520 up");
+        };
+        self.guests[vm].run(there).await;
+        SocketAddr::from(([10, 214, 0, 2], 3000))
     }
 
     pub(crate) fn memory(&self) -> f64 {
@@ -386,8 +405,14 @@ impl Drop for Flood {
 
 /// The process of [`Whole`].
 pub(crate) fn whole(directory: &str) {
-    let control = common::seqpacket(&Path::new(directory).join("control"));
-    let api = std::os::unix::net::UnixListener::bind(Path::new(directory).join("api")).unwrap();
+    let socket = |name| {
+        let path = Path::new(directory).join(name);
+        // One before this may have left its own.
+        let _ = std::fs::remove_file(&path);
+        path
+    };
+    let control = common::seqpacket(&socket("control"));
+    let api = std::os::unix::net::UnixListener::bind(socket("api")).unwrap();
     runtime()
         .block_on(proxy::serve(control, api.into()))
         .unwrap();

@@ -32,6 +32,7 @@ use super::frames::{BadLength, Frames, Read};
 use super::link::Link;
 use super::names::{self, Answer, Question};
 use super::packet::{self, Content, Packet};
+use super::pipe::Bell;
 use super::policy::{Policy, Verdict};
 use super::slab::{Slab, Token};
 use super::stack::Order;
@@ -82,6 +83,8 @@ pub(super) struct Engine {
     channel_ready: Ready,
     pub(super) poller: AsyncFd<Poller>,
     events: Box<[EpollEvent]>,
+    /// Rung by the tasks that the guest has streams to.
+    pub(super) bell: Arc<Bell>,
     frames: Frames,
     pub(super) link: Link,
     pub(super) iface: Interface,
@@ -173,6 +176,7 @@ impl Engine {
             },
             poller,
             events: vec![EpollEvent::empty(); EVENTS].into_boxed_slice(),
+            bell: Arc::default(),
             frames: Frames::new(),
             link,
             iface,
@@ -218,11 +222,13 @@ impl Engine {
                 continue;
             }
             let deadline = self.deadline();
+            let bell = Arc::clone(&self.bell);
             let until = tokio::time::Instant::from_std(deadline.unwrap_or(self.now));
             tokio::select! {
                 ready = self.poller.ready(Interest::READABLE) => {
                     ready.map_err(EngineError::Events)?.clear_ready();
                 }
+                () = bell.heard() => {}
                 () = tokio::time::sleep_until(until), if deadline.is_some() => {}
                 order = told.orders.recv() => match order {
                     Some(order) => self.obey(order),
@@ -356,6 +362,12 @@ impl Engine {
             let token = Token::from_u64(event.data());
             if let Some(entry) = self.entries.get_mut(token) {
                 entry.ready.note(event.events());
+                self.soil(token);
+            }
+        }
+        for token in self.bell.take() {
+            if let Some(entry) = self.entries.get_mut(token) {
+                entry.socket.note(&mut entry.ready);
                 self.soil(token);
             }
         }

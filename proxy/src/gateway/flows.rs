@@ -2,7 +2,6 @@
 //! port of the guest, made by the first packet and closed when nothing came for a while.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -145,12 +144,12 @@ impl Engine {
             return None;
         };
         flow.last = now;
-        let mut sent = world::send(entry.socket.as_fd(), payload);
+        let mut sent = entry.socket.send(payload);
         if let Err(error) = sent
             && unreachable_by(error).is_some()
         {
             // It may be about an earlier packet, whose sender is told; this one is sent.
-            sent = world::send(entry.socket.as_fd(), payload);
+            sent = entry.socket.send(payload);
             if sent != Err(error) {
                 self.flow_refused(packet, error);
             }
@@ -187,15 +186,14 @@ impl Engine {
             }
             let key = entry.key;
             let mut failed = None;
-            let mut receive =
-                |room: &mut [u8]| match world::receive_datagram(entry.socket.as_fd(), room) {
-                    // What is larger than the link takes is lost, as on any link.
-                    Ok(length) => room.get(..length).map(<[u8]>::len),
-                    Err(error) => {
-                        failed = Some(error);
-                        None
-                    }
-                };
+            let mut receive = |room: &mut [u8]| match entry.socket.receive_datagram(room) {
+                // What is larger than the link takes is lost, as on any link.
+                Ok(length) => room.get(..length).map(<[u8]>::len),
+                Err(error) => {
+                    failed = Some(error);
+                    None
+                }
+            };
             if key.protocol == IpProtocol::Udp {
                 let most = MTU.saturating_sub(HEADERS);
                 answer::datagram(&mut self.link, key.peer, key.guest_port, most, receive);

@@ -3,15 +3,14 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 
 use super::dns::{Resolver, Transport};
+use super::pipe::Far;
 
 /// The port.
 pub(super) const PORT: u16 = 53;
@@ -59,18 +58,16 @@ pub(super) fn datagram(
 }
 
 /// Answers what comes on a stream, one after the other.
-pub(super) fn stream(resolver: &Arc<Resolver>, socket: OwnedFd) -> Question {
+pub(super) fn stream(resolver: &Arc<Resolver>, stream: Far) -> Question {
     let resolver = Arc::clone(resolver);
     Box::pin(async move {
         // How it ended is the guest's matter.
-        let _ = converse(&resolver, socket).await;
+        let _ = converse(&resolver, stream).await;
         Answer::Stream
     })
 }
 
-async fn converse(resolver: &Resolver, socket: OwnedFd) -> std::io::Result<()> {
-    let socket = std::os::unix::net::UnixStream::from(socket);
-    let mut stream = UnixStream::from_std(socket)?;
+async fn converse(resolver: &Resolver, mut stream: Far) -> std::io::Result<()> {
     loop {
         let length = tokio::time::timeout(IDLE, stream.read_u16()).await??;
         let mut query = vec![0; usize::from(length)];

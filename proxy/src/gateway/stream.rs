@@ -1,6 +1,5 @@
-//! A connection to a port of the guest, as the edge holds it. The stack has the other end of a
-//! socket pair, so that what the guest does reaches the holder as it would over a network: an end,
-//! a reset, silence.
+//! A connection to a port of the guest, as the edge holds it. The stack has the other end of its pipe,
+//! so that what the guest does reaches the holder as it would over a network: an end, a reset, silence.
 
 use std::io;
 use std::pin::Pin;
@@ -9,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
+
+use super::pipe::Far;
 
 /// Why a port of the guest was not reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,12 +31,12 @@ pub enum ConnectError {
 /// A connection to the guest. Shutting it down ends this direction alone; dropping it ends both.
 #[derive(Debug)]
 pub struct GuestStream {
-    stream: UnixStream,
+    stream: Far,
     was_reset: Arc<AtomicBool>,
 }
 
 impl GuestStream {
-    pub(super) fn new(stream: UnixStream, was_reset: Arc<AtomicBool>) -> Self {
+    pub(super) fn new(stream: Far, was_reset: Arc<AtomicBool>) -> Self {
         Self { stream, was_reset }
     }
 
@@ -55,7 +55,7 @@ impl AsyncRead for GuestStream {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let result = std::task::ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
-        // The end of a socket pair looks the same whether the guest finished or reset.
+        // The end of a pipe looks the same whether the guest finished or reset.
         if result.is_ok()
             && buffer.filled().len() == before
             && buffer.remaining() > 0

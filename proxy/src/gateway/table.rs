@@ -2,20 +2,20 @@
 //! it is. Everything that is taken in here is taken out again when its socket is closed.
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::EpollFlags;
 use smoltcp::wire::IpProtocol;
 
+use super::Common;
 use super::counters::{Counters, count};
 use super::engine::Engine;
 use super::flows::Flow;
 use super::slab::Token;
+use super::socket::Socket;
 use super::tcp::{Asking, Connection, With};
-use super::{Common, world};
 
 /// What tells connections and flows apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,7 +52,7 @@ pub(super) struct Entry {
     pub(super) key: Key,
     // Before the socket, so that a reset is marked before its end is seen.
     pub(super) kind: Kind,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Socket,
     pub(super) ready: Ready,
     /// Held by what is open to the world.
     pub(super) permit: Option<Permit>,
@@ -110,7 +110,7 @@ impl Engine {
     pub(super) fn insert(
         &mut self,
         key: Key,
-        socket: OwnedFd,
+        socket: impl Into<Socket>,
         kind: Kind,
         permit: Option<Permit>,
     ) -> Option<Token> {
@@ -118,13 +118,10 @@ impl Engine {
             *number = number.saturating_add(1);
         }
         let poller = &self.poller.get_ref().0;
+        let socket = socket.into();
         let mut added = Ok(());
         let token = self.entries.insert(|token| {
-            let flags = EpollFlags::EPOLLIN
-                | EpollFlags::EPOLLOUT
-                | EpollFlags::EPOLLRDHUP
-                | EpollFlags::EPOLLET;
-            added = poller.add(&socket, EpollEvent::new(flags, token.to_u64()));
+            added = socket.listen(poller, token);
             Entry {
                 key,
                 socket,
@@ -159,7 +156,7 @@ impl Engine {
         }
         if matches!(entry.kind, Kind::Asking(_)) {
             // The socket may live on as a connection's, under another number.
-            let _ = self.poller.get_ref().0.delete(&entry.socket);
+            entry.socket.forget(&self.poller.get_ref().0);
         }
         self.forget_starved();
         Some(entry)
@@ -260,7 +257,7 @@ impl Engine {
                 }
                 drop(kind);
                 if reset {
-                    world::reset(socket);
+                    socket.reset();
                 }
                 return;
             }

@@ -4,7 +4,7 @@
 //! back, and nowhere else.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +22,9 @@ use super::arena::GuestSocket;
 use super::counters::count;
 use super::engine::{Engine, MAX_INBOUND};
 use super::packet::{self, Packet, Segment};
+use super::pipe::{self, Near};
 use super::slab::Token;
+use super::socket::Socket;
 use super::stream::{ConnectError, GuestStream};
 use super::table::{Key, Kind, Next, Permit, Ready};
 use super::{Checksums, names, world};
@@ -148,7 +150,7 @@ impl Connection {
     }
 
     /// Moves bytes between the guest's buffers and the socket.
-    fn pump(&mut self, socket: BorrowedFd<'_>, ready: &mut Ready, now: Instant) {
+    fn pump(&mut self, socket: &Socket, ready: &mut Ready, now: Instant) {
         let before = self.moved;
         if let Err(_error) = self.send_out(socket, ready) {
             self.abort();
@@ -161,7 +163,7 @@ impl Connection {
         );
         if guest_finished && !tcp.can_recv() && !self.finished {
             self.finished = true;
-            world::finish(socket);
+            socket.finish();
         }
         if let Err(_error) = self.take_in(socket, ready) {
             self.abort();
@@ -172,10 +174,10 @@ impl Connection {
         }
     }
 
-    fn send_out(&mut self, socket: BorrowedFd<'_>, ready: &mut Ready) -> Result<(), Errno> {
+    fn send_out(&mut self, socket: &Socket, ready: &mut Ready) -> Result<(), Errno> {
         let tcp = self.guest.tcp();
         while ready.writable && tcp.can_recv() {
-            let sent = tcp.recv(|bytes| match world::send(socket, bytes) {
+            let sent = tcp.recv(|bytes| match socket.send(bytes) {
                 Ok(number) => (number, Ok(number)),
                 Err(error) => (0, Err(error)),
             });
@@ -190,10 +192,10 @@ impl Connection {
         Ok(())
     }
 
-    fn take_in(&mut self, socket: BorrowedFd<'_>, ready: &mut Ready) -> Result<(), Errno> {
+    fn take_in(&mut self, socket: &Socket, ready: &mut Ready) -> Result<(), Errno> {
         let tcp = self.guest.tcp();
         while ready.readable && !self.ended && tcp.can_send() {
-            let got = tcp.send(|room| match world::receive(socket, room) {
+            let got = tcp.send(|room| match socket.receive(room) {
                 Ok(number) => (number, Ok((number, room.len()))),
                 Err(error) => (0, Err(error)),
             });
@@ -324,7 +326,8 @@ impl Engine {
             if self.name_streams.max(self.question_streams) >= names::MAX_STREAMS {
                 count(&self.counters.limited);
                 answer::reset(&mut self.link, segment);
-            } else if let Ok((ours, theirs)) = world::pair() {
+            } else {
+                let (ours, theirs) = pipe::pair(&self.bell);
                 self.question_streams = self.question_streams.saturating_add(1);
                 count(&self.counters.names);
                 self.questions.push(names::stream(&self.resolver, theirs));
@@ -375,7 +378,7 @@ impl Engine {
             return Next::Wait(None);
         };
         let outcome = if entry.ready.writable {
-            world::outcome(entry.socket.as_fd())
+            entry.socket.outcome()
         } else {
             Ok(None)
         };
@@ -435,7 +438,7 @@ impl Engine {
     }
 
     /// Lets smoltcp answer a SYN, because the other side is there.
-    fn accept(&mut self, key: Key, socket: OwnedFd, permit: Option<Permit>, syn: &[u8]) {
+    fn accept(&mut self, key: Key, socket: impl Into<Socket>, permit: Option<Permit>, syn: &[u8]) {
         let Some(mut guest) = GuestSocket::new(&self.arena) else {
             count(&self.counters.limited);
             if let Some(segment) = Self::again(syn).as_ref().and_then(packet::segment) {
@@ -495,7 +498,7 @@ impl Engine {
     fn prepare_inbound(
         &mut self,
         port: u16,
-    ) -> Option<(Key, GuestSocket, OwnedFd, (GuestStream, Arc<AtomicBool>))> {
+    ) -> Option<(Key, GuestSocket, Near, (GuestStream, Arc<AtomicBool>))> {
         let key = (0..=MAX_INBOUND).find_map(|_| {
             // Ephemeral ports as RFC 6335 has them.
             self.next_port = self.next_port.wrapping_add(1) | 0xc000;
@@ -514,9 +517,7 @@ impl Engine {
             .tcp()
             .connect(self.iface.context(), remote, local)
             .ok()?;
-        let (ours, theirs) = world::pair().ok()?;
-        let theirs = std::os::unix::net::UnixStream::from(theirs);
-        let theirs = tokio::net::UnixStream::from_std(theirs).ok()?;
+        let (ours, theirs) = pipe::pair(&self.bell);
         let was_reset = Arc::<AtomicBool>::default();
         let stream = GuestStream::new(theirs, Arc::clone(&was_reset));
         Some((key, guest, ours, (stream, was_reset)))
@@ -552,7 +553,7 @@ impl Engine {
                     State::LastAck | State::TimeWait | State::Closing
                 );
             if !reset {
-                connection.pump(entry.socket.as_fd(), &mut entry.ready, now);
+                connection.pump(&entry.socket, &mut entry.ready, now);
             }
         }
         let connection_limit = connection.limit.is_some_and(|limit| limit <= now);

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockProtocol, SockType, SockaddrStorage, connect,
-    getsockopt, recv, send as send_to, setsockopt, shutdown, socket, socketpair, sockopt,
+    getsockopt, recv, send as send_to, setsockopt, shutdown, socket, sockopt,
 };
 
 const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
@@ -81,16 +81,6 @@ pub(super) fn ping(to: IpAddr) -> Result<OwnedFd, Errno> {
         &SockaddrStorage::from(SocketAddr::new(to, 0)),
     )?;
     Ok(socket)
-}
-
-/// Two connected stream sockets.
-pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        FLAGS,
-    )?)
 }
 
 pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {

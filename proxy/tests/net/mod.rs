@@ -34,7 +34,7 @@ pub const WORLD_V6: &str = "2600::5";
 /// How long anything may take before a test has failed.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-fn run(line: &str) {
+pub fn run(line: &str) {
     let mut words = line.split(' ');
     let output = Command::new(words.next().unwrap())
         .args(words)
