@@ -24,7 +24,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clients::Target;
-use peers::{Alone, Nginx, Whole};
+use peers::{Alone, Nginx, Servers, Whole};
 
 /// The one of `supvm`.
 #[global_allocator]
@@ -34,8 +34,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const VMS: usize = 20;
 const EACH: usize = 500;
 
-/// What proxy needs of descriptors for a WebSocket, and for everything else.
-const DESCRIPTORS: usize = 3;
+/// Descriptors of each process beside those for WebSockets: the visitors, proxy and the servers need
+/// one for each, nginx two over its two workers.
 const OTHERS: usize = 1_000;
 
 const ROUNDS: usize = 5;
@@ -46,6 +46,7 @@ fn main() {
     match words.as_slice() {
         ["alone", directory, address, backend] => peers::alone(directory, address, backend),
         ["whole", directory] => peers::whole(directory),
+        ["serve", listeners] => servers::run(listeners),
         _ => net::world_on(
             tokio::runtime::Builder::new_multi_thread(),
             Duration::from_secs(20 * 60),
@@ -61,7 +62,7 @@ fn many_files() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     let most = setrlimit(Resource::RLIMIT_NOFILE, enough, enough).map_or(hard, |()| enough);
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
-    let each = (usize::try_from(most).unwrap() - OTHERS) / DESCRIPTORS / VMS;
+    let each = (usize::try_from(most).unwrap() - OTHERS) / VMS;
     each.min(EACH)
 }
 
@@ -69,7 +70,7 @@ async fn measure() {
     let each = many_files();
     let directory = tempfile::tempdir().unwrap();
     peers::certificate(directory.path());
-    let backend = servers::here();
+    let (_servers, backend) = Servers::here();
     println!("| What | edge | nginx | edge / nginx |");
     println!("|---|---|---|---|");
     let wanted = |half| std::env::args().any(|given| given == half);

@@ -62,6 +62,29 @@ impl Process {
     }
 }
 
+/// The servers behind, in a process with descriptors of its own.
+pub(crate) struct Servers(#[allow(dead_code)] Process);
+
+impl Servers {
+    /// One in this namespace, and its address.
+    pub(crate) fn here() -> (Self, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        (Self::start(vec![listener]), address)
+    }
+
+    fn start(listeners: Vec<TcpListener>) -> Self {
+        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        for listener in &listeners {
+            fcntl(listener, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        }
+        let numbers = listeners.iter().map(|one| one.as_raw_fd().to_string());
+        let numbers: Vec<String> = numbers.collect();
+        let mut command = own_program();
+        Self(Process::start(command.arg("serve").arg(numbers.join(","))))
+    }
+}
+
 /// A certificate for the domain and all below it.
 pub(crate) fn certificate(directory: &Path) {
     let key = rcgen::KeyPair::generate().unwrap();
@@ -273,6 +296,7 @@ pub(crate) struct Whole {
     pub(crate) names: Vec<String>,
     _control: common::Control,
     guests: Vec<net::Guest>,
+    _servers: Servers,
 }
 
 impl Whole {
@@ -306,14 +330,11 @@ impl Whole {
         };
         assert_eq!(control.serve(&serve).await.message, "");
         let (mut names, mut guests) = (Vec::new(), Vec::new());
+        let mut listeners = Vec::new();
         for number in 0..VMS {
             let (guest, channel) = net::Guest::with_relay(libc::IFF_VNET_HDR, offload::relay);
-            guest
-                .run(|| {
-                    let listener = TcpListener::bind("0.0.0.0:3000").unwrap();
-                    std::thread::spawn(|| servers::run(listener));
-                })
-                .await;
+            let listener = guest.run(|| TcpListener::bind("0.0.0.0:3000").unwrap());
+            listeners.push(listener.await);
             let number = u8::try_from(number).unwrap();
             let subdomain = Subdomain::from_random([number; 20]);
             names.push(format!("{subdomain}.{DOMAIN}"));
@@ -334,6 +355,7 @@ impl Whole {
             names,
             _control: control,
             guests,
+            _servers: Servers::start(listeners),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The server behind: answers requests with a few bytes, and WebSockets with what they say.
 
 use std::net::SocketAddr;
+use std::os::fd::FromRawFd;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -12,29 +13,30 @@ const ANSWER: &[u8] =
 const UPGRADE: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\
       Connection: Upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
 
-/// In the namespace of the calling thread; gives the address.
-pub(crate) fn here() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(|| run(listener));
-    address
-}
-
-/// Serves until the program ends.
-pub(crate) fn run(listener: std::net::TcpListener) {
+/// The process that serves what it was given as descriptors, until it is ended.
+pub(crate) fn run(listeners: &str) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
-        listener.set_nonblocking(true).unwrap();
-        let listener = TcpListener::from_std(listener).unwrap();
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            stream.set_nodelay(true).unwrap();
-            tokio::spawn(async move { drop(serve(stream).await) });
+        for number in listeners.split(',') {
+            let number = number.parse().unwrap();
+            // SAFETY: the descriptor was left open for this process, and nothing else here has it.
+            let listener = unsafe { std::net::TcpListener::from_raw_fd(number) };
+            listener.set_nonblocking(true).unwrap();
+            tokio::spawn(accept(TcpListener::from_std(listener).unwrap()));
         }
+        std::future::pending::<()>().await;
     });
+}
+
+async fn accept(listener: TcpListener) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        tokio::spawn(async move { drop(serve(stream).await) });
+    }
 }
 
 async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
