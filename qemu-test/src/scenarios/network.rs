@@ -208,31 +208,23 @@ pub(crate) async fn git_pip_npm_and_apt_reach_what_the_rules_open(
             .map(drop)
     })
     .await?;
-    let says = async |line: &str, wanted: &str| {
-        let said = context.shell(&made, line).await?;
-        ensure(said.ends_with(wanted), || format!("{line}: {said}"))
-    };
-    let git = format!("git clone -q {url}/repo.git cloned && cat cloned/README");
-    part("git", says(&git, "hello")).await?;
-    let pip = format!(
-        "pip install -q --no-cache-dir --disable-pip-version-check --trusted-host {ADDRESS} \
-         --index-url {url}/simple --target there hello-there && \
-         PYTHONPATH=there python3 -c 'import hello_there; print(hello_there.said)'"
-    );
-    part("pip", says(&pip, "hello from pip")).await?;
-    let npm = format!(
-        "mkdir -p n && cd n && npm install --no-audit --no-fund --silent --registry {url}/npm/ hello-npm \
-         && node -p 'require(\"hello-npm\")'"
-    );
-    part("npm", says(&npm, "hello from npm")).await?;
-    let apt = format!(
-        "echo 'deb [trusted=yes] {url}/apt ./' > /etc/apt/sources.list && rm -rf /etc/apt/sources.list.d/* \
-         && apt-get -qq update && apt-get -qq install hello-apt > /dev/null && hello-apt"
-    );
-    part("apt", says(&apt, "hello from apt")).await?;
+    let tools = tools(&url);
+    for (tool, line, wanted) in &tools {
+        let says = async {
+            let said = context.shell(&made, line).await?;
+            ensure(said.ends_with(wanted), || format!("{line}: {said}"))
+        };
+        part(tool, says).await?;
+    }
+    context.delete(&made).await?;
 
     part("a VM without the rule", async {
         let other = context.create().await?;
+        for (tool, line, wanted) in &tools {
+            let said = context.shell(&other, &format!("({line}) 2>&1; echo exit $?")).await?;
+            let failed = !said.ends_with("exit 0") && !said.contains(wanted);
+            ensure(failed, || format!("{tool} without the rule: {said}"))?;
+        }
         let line = format!("curl -s --max-time 60 {url}/repo.git/HEAD; echo $?");
         // 7: refused at once, not 28, which is silence.
         let said = context.shell(&other, &line).await?;
@@ -242,6 +234,44 @@ pub(crate) async fn git_pip_npm_and_apt_reach_what_the_rules_open(
         ensure(said.ends_with("six"), || said.clone())?;
         context.delete(&other).await
     })
-    .await?;
-    context.delete(&made).await
+    .await
+}
+
+/// What is fetched from the origin, each by its tool: the tool, what to run, and what that says in the
+/// end. None tries again by itself.
+fn tools(url: &str) -> [(&'static str, String, &'static str); 4] {
+    [
+        (
+            "git",
+            format!("git clone -q {url}/repo.git cloned && cat cloned/README"),
+            "hello",
+        ),
+        (
+            "pip",
+            format!(
+                "pip install -q --no-cache-dir --disable-pip-version-check --retries 0 \
+                 --trusted-host {ADDRESS} --index-url {url}/simple --target there hello-there && \
+                 PYTHONPATH=there python3 -c 'import hello_there; print(hello_there.said)'"
+            ),
+            "hello from pip",
+        ),
+        (
+            "npm",
+            format!(
+                "mkdir -p n && cd n && npm install --no-audit --no-fund --silent --fetch-retries 0 \
+                 --registry {url}/npm/ hello-npm && node -p 'require(\"hello-npm\")'"
+            ),
+            "hello from npm",
+        ),
+        (
+            "apt",
+            format!(
+                "echo 'deb [trusted=yes] {url}/apt ./' > /etc/apt/sources.list && \
+                 rm -rf /etc/apt/sources.list.d/* && \
+                 apt-get -qq update -o APT::Update::Error-Mode=any && \
+                 apt-get -qq install hello-apt > /dev/null && hello-apt"
+            ),
+            "hello from apt",
+        ),
+    ]
 }
