@@ -11,6 +11,9 @@ use tokio::time::Instant;
 /// One connection's activity.
 #[derive(Debug)]
 pub(crate) struct Activity {
+    /// A head may come in while requests are answered, as by HTTP/2. Otherwise it is one that came
+    /// early, whose time has not begun.
+    interleaved: bool,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -49,8 +52,9 @@ pub(crate) struct Patience {
 }
 
 impl Activity {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(interleaved: bool) -> Self {
         Self {
+            interleaved,
             state: Mutex::new(State {
                 busy: 0,
                 head_since: None,
@@ -96,8 +100,10 @@ impl Activity {
         let mut state = self.lock();
         state.busy = state.busy.saturating_sub(1);
         state.last = Instant::now();
-        // The time of a head that came early begins now.
-        state.head_since = state.head_since.map(|_| Instant::now());
+        if !self.interleaved {
+            // The time of a head that came early begins now.
+            state.head_since = state.head_since.map(|_| Instant::now());
+        }
         if answered {
             state.answered = state.answered.saturating_add(1);
         } else {
@@ -122,11 +128,14 @@ impl Activity {
                 }
                 let since = |start: Instant, limit| start.checked_add(limit);
                 state.parked = false;
-                if state.busy > 0 {
+                let head = state
+                    .head_since
+                    .filter(|_| self.interleaved || state.busy == 0);
+                if let Some(start) = head {
+                    (since(start, patience.head), End::SlowHead)
+                } else if state.busy > 0 {
                     state.parked = true;
                     (None, End::Idle)
-                } else if let Some(start) = state.head_since {
-                    (since(start, patience.head), End::SlowHead)
                 } else {
                     (since(state.last, patience.idle), End::Idle)
                 }

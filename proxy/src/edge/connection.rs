@@ -15,6 +15,7 @@ use tokio_rustls::server::TlsStream;
 use super::Core;
 use super::activity::{Activity, End, Patience};
 use super::guests::Guests;
+use super::header_blocks::Watched;
 use super::places::Place;
 use super::route::host_name;
 use super::service::{Connection, call};
@@ -64,7 +65,7 @@ pub(super) async fn speak<G, T>(
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let signals = (!http2).then(|| Arc::new(Signals::default()));
-    let activity = Arc::new(Activity::new());
+    let activity = Arc::new(Activity::new(http2));
     let connection = Arc::new(Connection {
         peer,
         name,
@@ -84,7 +85,6 @@ pub(super) async fn speak<G, T>(
     // The two kinds of connection have no common type; what is done with them is the same.
     macro_rules! drive {
         ($connection:expr, $expire:expr) => {{
-            let expire = $expire;
             let mut connection = std::pin::pin!($connection);
             let end = tokio::select! {
                 biased;
@@ -94,7 +94,7 @@ pub(super) async fn speak<G, T>(
             log_patience(peer, end);
             match end {
                 End::Idle => connection.as_mut().graceful_shutdown(),
-                End::SlowHead => expire(),
+                End::SlowHead => $expire,
                 End::Abuse => return,
             }
             // What is still going out has as long again.
@@ -115,7 +115,7 @@ pub(super) async fn speak<G, T>(
             let most = core.limits.header_fields.saturating_add(1);
             builder.max_buf_size(BUFFER).max_headers(most);
             let connection = builder.serve_connection(TokioIo::new(stream), service);
-            drive!(connection.with_upgrades(), || signals.expire());
+            drive!(connection.with_upgrades(), signals.expire());
         }
         None => {
             let mut builder = http2::Builder::new(core.tasks.clone());
@@ -129,8 +129,10 @@ pub(super) async fn speak<G, T>(
                 .max_send_buf_size(BUFFER)
                 .max_pending_accept_reset_streams(PENDING_RESETS)
                 .max_local_error_reset_streams(ERROR_RESETS);
+            let stream = Watched::new(stream, activity.clone());
             let connection = builder.serve_connection(TokioIo::new(stream), service);
-            drive!(connection, || ());
+            // Within a block there is nothing else that could be said to the visitor.
+            drive!(connection, return);
         }
     }
 }

@@ -12,6 +12,7 @@ mod framing;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod guests;
+mod header_blocks;
 mod headers;
 pub mod limits;
 mod links;

@@ -179,7 +179,7 @@ impl VmPool {
             let next = {
                 let mut state = self.lock();
                 let now = Instant::now();
-                let (idle, idle2) = (self.limits.upstream_idle, self.limits.idle);
+                let idle = self.limits.upstream_idle;
                 let mut next: Option<Instant> = None;
                 let mut due = |since: Instant, after| {
                     let due = since.checked_add(after).unwrap_or(now);
@@ -191,8 +191,9 @@ impl VmPool {
                 state.ports.retain(|_, port| {
                     port.idle
                         .retain(|(since, sender)| !sender.is_closed() && due(*since, idle));
+                    // Requests that are still being answered keep the connection, not the place here.
                     let mut stays = |(used, sender): &(Instant, Sender2)| {
-                        !sender.is_closed() && due(*used, idle2)
+                        !sender.is_closed() && due(*used, idle)
                     };
                     if port.http2.as_ref().is_some_and(|http2| !stays(http2)) {
                         port.http2 = None;

@@ -4,6 +4,7 @@
 
 mod access;
 mod hostile;
+mod http2;
 mod pages;
 mod pool;
 mod requests;
