@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Fuzzes every target for a while: fuzz.sh SECONDS, which are shared out evenly. Corpus and finds are
-# kept in the cache, outside the checkout. Uses an installed nightly, else this project's own compiler
+# Fuzzes every target for a while: fuzz.sh SECONDS, which are shared out evenly. It begins with what is
+# in fuzz/corpus, where there is something for a target; what is found is kept in the cache, outside the
+# checkout. Uses an installed nightly, else this project's own compiler
 # with RUSTC_BOOTSTRAP. Without cargo-fuzz or a compiler it fails; it never skips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -49,8 +50,15 @@ for name in "${targets[@]}"; do
     corpus=$cache/fuzz-corpus/$name
     finds=$cache/fuzz-finds/$name
     mkdir -p "$corpus" "$finds"
+    # Before all else, and every time: what was once worth keeping.
+    own=()
+    if [ -d "fuzz/corpus/$name" ]; then
+        own=("fuzz/corpus/$name")
+        "$target/$host/release/$name" -runs=0 -rss_limit_mb=1024 -timeout=10 "${own[@]}" \
+            >"$target/$name.log" 2>&1 || { tail -40 "$target/$name.log"; exit 1; }
+    fi
     echo "fuzz: $name for $each s"
-    "$target/$host/release/$name" "$corpus" \
+    "$target/$host/release/$name" "$corpus" "${own[@]}" \
         -max_total_time="$each" -rss_limit_mb=1024 -timeout=10 -max_len=70000 -print_final_stats=1 -artifact_prefix="$finds/" \
         >"$target/$name.log" 2>&1 || { tail -40 "$target/$name.log"; exit 1; }
     sed -n 's/^stat::number_of_executed_units: */fuzz: inputs: /p' "$target/$name.log"

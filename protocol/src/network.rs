@@ -14,6 +14,9 @@ use crate::wire_enum::wire_enum;
 /// Most rules of one VM.
 pub const MAX_RULES: usize = 256;
 
+/// The most connections and flows that a VM can be given.
+pub const MAX_CONNECTIONS: u32 = 16_384;
+
 /// What a VM may reach.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Egress {
@@ -27,6 +30,7 @@ pub struct Egress {
     /// Most packets per second in each direction; zero for no limit.
     pub packets_per_second: u64,
     /// Most connections and flows to the world at the same time; zero for the appliance's default.
+    /// At most [`MAX_CONNECTIONS`].
     pub max_connections: u32,
 }
 

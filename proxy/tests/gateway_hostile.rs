@@ -2,138 +2,24 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "hostile_vm/frames.rs"]
+mod frames;
 mod net;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use net::{LIMIT, WORLD_V4, settings, world};
+use frames::{Random, arp, damaged, ip, ping, solicit, syn};
+use net::{WORLD_V4, settings, world};
 use protocol::network::Egress;
 use proxy::gateway::address::{
-    GATEWAY_LINK_LOCAL, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_MAC, GUEST_V4, GUEST_V6, MTU,
+    GATEWAY_LINK_LOCAL, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_V4, GUEST_V6, MTU,
 };
 use proxy::gateway::{Common, Stack};
-use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
-    Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpProtocol, IpRepr, Ipv4Packet, NdiscRepr,
-    TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
-};
+use smoltcp::wire::{ArpPacket, Icmpv6Packet, IpProtocol, Ipv4Packet};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-
-fn ethernet(kind: EthernetProtocol, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![0; 14];
-    let mut frame = EthernetFrame::new_unchecked(&mut bytes[..]);
-    frame.set_src_addr(GUEST_MAC);
-    frame.set_dst_addr(GATEWAY_MAC);
-    frame.set_ethertype(kind);
-    bytes.extend(payload);
-    bytes
-}
-
-fn ip(from: IpAddr, to: IpAddr, protocol: IpProtocol, hops: u8, payload: &[u8]) -> Vec<u8> {
-    let repr = IpRepr::new(from.into(), to.into(), protocol, payload.len(), hops);
-    let mut bytes = vec![0; repr.header_len()];
-    repr.emit(&mut bytes[..], &ChecksumCapabilities::default());
-    bytes.extend(payload);
-    let kind = if from.is_ipv4() {
-        EthernetProtocol::Ipv4
-    } else {
-        EthernetProtocol::Ipv6
-    };
-    ethernet(kind, &bytes)
-}
-
-fn arp(target: Ipv4Addr) -> Vec<u8> {
-    let repr = ArpRepr::EthernetIpv4 {
-        operation: ArpOperation::Request,
-        source_hardware_addr: GUEST_MAC,
-        source_protocol_addr: GUEST_V4,
-        target_hardware_addr: EthernetAddress([0; 6]),
-        target_protocol_addr: target,
-    };
-    let mut bytes = vec![0; repr.buffer_len()];
-    repr.emit(&mut ArpPacket::new_unchecked(&mut bytes[..]));
-    let mut frame = ethernet(EthernetProtocol::Arp, &bytes);
-    frame[..6].fill(0xff);
-    frame
-}
-
-fn solicit(target: Ipv6Addr) -> Vec<u8> {
-    let repr = Icmpv6Repr::Ndisc(NdiscRepr::NeighborSolicit {
-        target_addr: target,
-        lladdr: Some(GUEST_MAC.into()),
-    });
-    let [.., a, b, c] = target.octets();
-    let to = Ipv6Addr::new(
-        0xff02,
-        0,
-        0,
-        0,
-        0,
-        1,
-        0xff00 | u16::from(a),
-        u16::from_be_bytes([b, c]),
-    );
-    let mut bytes = vec![0; repr.buffer_len()];
-    repr.emit(
-        &GUEST_V6,
-        &to,
-        &mut Icmpv6Packet::new_unchecked(&mut bytes[..]),
-        &ChecksumCapabilities::default(),
-    );
-    let mut frame = ip(GUEST_V6.into(), to.into(), IpProtocol::Icmpv6, 255, &bytes);
-    frame[..6].copy_from_slice(&[0x33, 0x33, 0xff, a, b, c]);
-    frame
-}
-
-fn ping(data: &[u8]) -> Vec<u8> {
-    let repr = Icmpv4Repr::EchoRequest {
-        ident: 7,
-        seq_no: 1,
-        data,
-    };
-    let mut bytes = vec![0; repr.buffer_len()];
-    repr.emit(
-        &mut Icmpv4Packet::new_unchecked(&mut bytes[..]),
-        &ChecksumCapabilities::default(),
-    );
-    ip(
-        GUEST_V4.into(),
-        GATEWAY_V4.into(),
-        IpProtocol::Icmp,
-        64,
-        &bytes,
-    )
-}
-
-fn syn(port: u16, to: SocketAddr) -> Vec<u8> {
-    let repr = TcpRepr {
-        src_port: port,
-        dst_port: to.port(),
-        control: TcpControl::Syn,
-        seq_number: TcpSeqNumber(77),
-        ack_number: None,
-        window_len: 1000,
-        window_scale: None,
-        max_seg_size: None,
-        sack_permitted: false,
-        sack_ranges: [None; 3],
-        timestamp: None,
-        payload: &[],
-    };
-    let mut bytes = vec![0; repr.buffer_len()];
-    repr.emit(
-        &mut TcpPacket::new_unchecked(&mut bytes[..]),
-        &GUEST_V4.into(),
-        &to.ip().into(),
-        &ChecksumCapabilities::default(),
-    );
-    ip(GUEST_V4.into(), to.ip(), IpProtocol::Tcp, 64, &bytes)
-}
 
 /// A stack whose guest is the test.
 struct Raw {
@@ -279,38 +165,6 @@ fn what_is_not_understood_is_thrown_away_counted_and_not_answered() {
     });
 }
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
-/// Frames with a right beginning and damage behind it.
-fn damaged(random: &mut Random, to: SocketAddr) -> Vec<u8> {
-    let mut frame = match random.next() % 4 {
-        0 => arp(GATEWAY_V4),
-        1 => solicit(GATEWAY_V6),
-        2 => ping(&[1; 100]),
-        _ => syn((random.next() % 8 + 1) as u16, to),
-    };
-    for _ in 0..random.next() % 6 {
-        let place = random.next() as usize % frame.len();
-        frame[place] = random.next() as u8;
-    }
-    // A right sum lets the damage get further.
-    if frame[12..14] == [8, 0] && frame.len() > 34 && frame[14] == 0x45 {
-        Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
-    }
-    let keep = frame.len() - (random.next() % 2 * (random.next() % 20)) as usize;
-    frame.truncate(keep.max(1));
-    frame
-}
-
 #[test]
 fn damaged_frames_hurt_nobody() {
     world(|| async {
@@ -404,77 +258,6 @@ fn a_vm_that_takes_nothing_is_asked_for_no_more() {
             raw.next().await;
         }
         assert!(raw.until_arp().await.is_empty());
-    });
-}
-
-#[test]
-fn a_flood_of_one_vm_does_not_stop_anothers_transfer() {
-    world(|| async {
-        let link = net::link();
-        let common = Arc::clone(&link.common);
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let flooding = Stack::start(settings(Egress::default()), ours.into(), common).unwrap();
-        let stop = Arc::new(AtomicBool::new(false));
-        let listener = tokio::net::TcpListener::bind((WORLD_V4, 0)).await.unwrap();
-        let to = listener.local_addr().unwrap();
-        let flood = std::thread::spawn({
-            let stop = Arc::clone(&stop);
-            let reader = theirs.try_clone().unwrap();
-            move || {
-                use std::io::{Read, Write};
-                // Takes answers, so that nothing slows the flood.
-                let drain = std::thread::spawn(move || {
-                    let mut reader = reader;
-                    let mut buffer = [0; 65536];
-                    while reader.read(&mut buffer).is_ok_and(|length| length > 0) {}
-                });
-                let mut random = Random(7);
-                let mut block = Vec::new();
-                for _ in 0..500 {
-                    let frame = damaged(&mut random, "9.9.9.9:80".parse().unwrap());
-                    block.extend(u32::try_from(frame.len()).unwrap().to_be_bytes());
-                    block.extend(frame);
-                }
-                let mut blocks = 0_usize;
-                while !stop.load(Ordering::Relaxed) && (&theirs).write_all(&block).is_ok() {
-                    blocks += 1;
-                }
-                let _ = theirs.shutdown(std::net::Shutdown::Both);
-                drain.join().unwrap();
-                blocks
-            }
-        });
-        let guest = link.guest.run(move || {
-            use std::io::Read;
-            let mut stream = std::net::TcpStream::connect_timeout(&to, LIMIT).unwrap();
-            stream.set_read_timeout(Some(LIMIT)).unwrap();
-            let mut got = 0;
-            let mut buffer = vec![0; 65536];
-            loop {
-                match stream.read(&mut buffer).unwrap() {
-                    0 => return got,
-                    length => got += length,
-                }
-            }
-        });
-        let server = async {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            for _ in 0..20 {
-                stream.write_all(&vec![1; 1 << 20]).await.unwrap();
-            }
-        };
-        let (got, ()) = tokio::join!(guest, server);
-        assert_eq!(got, 20 << 20);
-        stop.store(true, Ordering::Relaxed);
-        // The flood was one until now.
-        let before = flooding.counters().frames_out;
-        assert!(before > 500, "{before}");
-        drop(flooding);
-        // The stack ends in this thread's runtime.
-        tokio::task::spawn_blocking(|| flood.join().unwrap())
-            .await
-            .unwrap();
-        assert_eq!(link.common.panics(), 0);
     });
 }
 

@@ -2,7 +2,9 @@
 //! that names the field, the value and the limit.
 
 use protocol::id::{IdempotencyKey, TemplateName, VmId, VmName};
-use protocol::network::{Egress, MAX_RULES, Publication, RuleAction, RuleProtocol};
+use protocol::network::{
+    Egress, MAX_CONNECTIONS, MAX_RULES, Publication, RuleAction, RuleProtocol,
+};
 use protocol::vm::{CreateVm, MAX_ENV, MAX_LABEL_LEN, MAX_LABELS};
 use protocol::{ErrorBody, ErrorCode};
 
@@ -185,6 +187,12 @@ pub(crate) fn check_egress(egress: &Egress) -> Result<(), ErrorBody> {
         return Err(invalid(format!(
             "egress: {} rules are too many; at most {MAX_RULES}",
             egress.rules.len()
+        )));
+    }
+    if egress.max_connections > MAX_CONNECTIONS {
+        return Err(invalid(format!(
+            "egress: {} connections are too many; at most {MAX_CONNECTIONS}",
+            egress.max_connections
         )));
     }
     for (number, rule) in (1_u32..).zip(&egress.rules) {

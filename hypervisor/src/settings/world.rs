@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use protocol::host::proxy::{ServeEdge, ServeGateway};
 use protocol::id::Subdomain;
-use protocol::network::{Destination, Rule, RuleAction, RuleProtocol};
+use protocol::network::{Destination, MAX_CONNECTIONS, Rule, RuleAction, RuleProtocol};
 use serde::{Deserialize, Deserializer};
 
 use super::{Domain, Port, optional_address};
@@ -148,7 +148,7 @@ fn name_servers<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SocketAddr>, D
 }
 
 fn connections<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
-    super::within(from, 1..=65_535, "max_connections")
+    super::within(from, 1..=MAX_CONNECTIONS, "max_connections")
 }
 
 /// A rule as it is written down.
@@ -333,6 +333,10 @@ mod tests {
             ("edge = { https = \"\" }", "https"),
             ("gateway = { name_servers = [\"dns\"] }", "no name servers"),
             ("gateway = { max_connections = 0 }", "max_connections is 0"),
+            (
+                "gateway = { max_connections = 16385 }",
+                "max_connections is 16385",
+            ),
             (&rule("to = \"10.0.0.1/8\""), "the network is 10.0.0.0/8"),
             (&rule("to = \"*\"\nports = \"443-80\""), "`443-80`"),
             (&rule("to = \"*\"\nports = 70000"), "ports are a number"),

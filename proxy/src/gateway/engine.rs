@@ -14,7 +14,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use protocol::host::proxy::ServeGateway;
-use protocol::network::{Egress, RuleProtocol};
+use protocol::network::{Egress, MAX_CONNECTIONS, RuleProtocol};
 use smoltcp::iface::{Config, Interface};
 use smoltcp::wire::{HardwareAddress, IpCidr, IpProtocol};
 use tokio::io::Interest;
@@ -38,7 +38,7 @@ use super::slab::{Slab, Token};
 use super::stack::Order;
 use super::table::{Entry, Key, Kind, Ready};
 use super::timers::Timers;
-use super::{Checksums, Common, DEFAULT_CONNECTIONS, MAX_CONNECTIONS, StackSettings, answer};
+use super::{Checksums, Common, DEFAULT_CONNECTIONS, StackSettings, answer};
 
 /// Frames of the guest that are looked at before others have their turn.
 const TURN: usize = 64;
@@ -107,6 +107,9 @@ pub(super) struct Engine {
     pub(super) now: Instant,
     pub(super) next_port: u16,
     epoch: Instant,
+    /// By how much a test's clock is ahead.
+    #[cfg(test)]
+    ahead: Duration,
     pub(super) max_connections: u32,
     own_max: u32,
     bytes: Bucket,
@@ -199,6 +202,8 @@ impl Engine {
             now,
             next_port: u16::from_ne_bytes([seed[0], seed[1]]),
             epoch: now,
+            #[cfg(test)]
+            ahead: Duration::ZERO,
             max_connections: DEFAULT_CONNECTIONS,
             own_max: 0,
             bytes: Bucket::new(0, now),
@@ -302,6 +307,10 @@ impl Engine {
 
     fn now(&mut self) {
         self.now = Instant::now();
+        #[cfg(test)]
+        {
+            self.now += self.ahead;
+        }
         self.link.now = self.now;
     }
 

@@ -41,11 +41,8 @@ pub use stream::{ConnectError, GuestStream};
 /// Connections and flows of one VM, where neither it nor the operator says how many.
 pub const DEFAULT_CONNECTIONS: u32 = 1024;
 
-/// The most that any VM can be given.
-pub const MAX_CONNECTIONS: u32 = 16_384;
-
-/// Connections and flows of all VMs, where [`Common::set_total`] does not say how many.
-pub const DEFAULT_TOTAL: usize = 32_768;
+/// Connections and flows of all VMs together.
+const TOTAL: usize = 32_768;
 
 /// One VM, as its stack has to know it.
 #[derive(Clone, Debug)]
@@ -74,7 +71,7 @@ pub enum Checksums {
 pub struct Common {
     gateway: watch::Sender<Arc<ServeGateway>>,
     open: AtomicUsize,
-    total: AtomicUsize,
+    total: usize,
     panics: AtomicU64,
     host: Arc<HostAddresses>,
     upstreams: Arc<Upstreams>,
@@ -83,10 +80,14 @@ pub struct Common {
 impl Common {
     /// Without rules and without name servers.
     pub fn new() -> Arc<Self> {
+        Self::with_total(TOTAL)
+    }
+
+    fn with_total(total: usize) -> Arc<Self> {
         Arc::new(Self {
             gateway: watch::Sender::new(Arc::default()),
             open: AtomicUsize::new(0),
-            total: AtomicUsize::new(DEFAULT_TOTAL),
+            total,
             panics: AtomicU64::new(0),
             host: Arc::default(),
             upstreams: Upstreams::new(Vec::new()),
@@ -104,11 +105,6 @@ impl Common {
         }
         self.upstreams.set(servers);
         self.gateway.send_replace(Arc::new(gateway));
-    }
-
-    /// Most connections and flows of all VMs together.
-    pub fn set_total(&self, total: usize) {
-        self.total.store(total, Ordering::Relaxed);
     }
 
     /// Keeps the host's own addresses, which no VM reaches without a rule, as the kernel has them.
@@ -130,7 +126,7 @@ impl Common {
     /// Counts one more connection, unless there are too many.
     fn enter(&self) -> bool {
         let before = self.open.fetch_add(1, Ordering::Relaxed);
-        if before < self.total.load(Ordering::Relaxed) {
+        if before < self.total {
             return true;
         }
         self.leave();

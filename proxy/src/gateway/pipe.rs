@@ -160,6 +160,8 @@ pub(super) struct News {
     pub(super) finished: bool,
     /// It takes nothing more, either.
     pub(super) gone: bool,
+    /// It left without taking what it was sent.
+    pub(super) reset: bool,
 }
 
 impl Near {
@@ -177,6 +179,7 @@ impl Near {
         News {
             finished: state.to_stack.finished || state.task_gone,
             gone: state.task_gone,
+            reset: state.task_gone && !state.to_task.bytes.is_empty(),
         }
     }
 
@@ -422,6 +425,7 @@ mod tests {
         let half = News {
             finished: true,
             gone: false,
+            reset: false,
         };
         assert_eq!(near.news(), half);
         assert_eq!(near.receive(&mut got), Ok(4));
@@ -439,7 +443,9 @@ mod tests {
 
         let (_bell, near, far) = listening();
         near.send(b"not taken").unwrap();
+        assert!(!near.news().reset);
         drop(far);
+        assert!(near.news().reset);
         assert_eq!(near.receive(&mut got), Err(Errno::ECONNRESET));
 
         let (_bell, near, mut far) = listening();

@@ -63,6 +63,7 @@ impl Socket {
             ready.writable = true;
             ready.finished |= news.finished;
             ready.over |= news.gone;
+            ready.failed |= news.reset;
         }
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Ready {
     pub(super) finished: bool,
     /// Both directions are over.
     pub(super) over: bool,
+    /// The other end has reset the connection; it is read behind what came before.
+    pub(super) failed: bool,
 }
 
 impl Ready {
@@ -44,6 +46,7 @@ impl Ready {
         self.writable |= flags.intersects(EpollFlags::EPOLLOUT | gone);
         self.finished |= flags.intersects(EpollFlags::EPOLLRDHUP | gone);
         self.over |= flags.intersects(gone);
+        self.failed |= flags.contains(EpollFlags::EPOLLERR);
     }
 }
 

@@ -172,6 +172,10 @@ impl Connection {
         if self.moved != before {
             self.last_moved = now;
         }
+        // The reset stands behind bytes that a guest which takes nothing would never make room for.
+        if ready.failed && !self.ended && !self.guest.tcp().can_send() {
+            self.abort();
+        }
     }
 
     fn send_out(&mut self, socket: &Socket, ready: &mut Ready) -> Result<(), Errno> {

@@ -246,6 +246,14 @@ async fn a_network_is_its_owners_and_bad_rules_change_nothing() {
         refused(api.ask("mine", &set).await),
         ErrorCode::InvalidArgument
     );
+    set.egress = Some(Egress {
+        max_connections: 16_385,
+        ..Egress::default()
+    });
+    assert_eq!(
+        refused(api.ask("mine", &set).await),
+        ErrorCode::InvalidArgument
+    );
     assert_eq!(network(&world, &made).await.egress, Egress::default());
     let mut bad = create(2);
     bad.egress.rules = vec![rules("*").rules.remove(0); 257];

@@ -1,6 +1,8 @@
 //! The stack one turn at a time, with frames written by hand: what must hold in moments that a
 //! running one passes through too quickly to be met.
 
+mod ends;
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
@@ -51,6 +53,10 @@ struct Rig {
 
 impl Rig {
     fn new(egress: Egress) -> Self {
+        Self::with(egress, Common::new())
+    }
+
+    fn with(egress: Egress, common: Arc<Common>) -> Self {
         let (ours, channel) = UnixStream::pair().unwrap();
         channel.set_nonblocking(true).unwrap();
         let settings = StackSettings {
@@ -59,7 +65,7 @@ impl Rig {
             egress,
             checksums: Checksums::Trusted,
         };
-        let engine = Engine::new(&settings, ours.into(), Common::new(), Arc::default());
+        let engine = Engine::new(&settings, ours.into(), common, Arc::default());
         Self {
             engine: engine.unwrap(),
             channel,
