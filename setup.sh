@@ -20,6 +20,8 @@ packages=(
     mmdebstrap debian-archive-keyring uidmap e2fsprogs xfsprogs squashfs-tools
     # downloads and tests
     ca-certificates curl iproute2 openssl pebble python3
+    # what is tested through the gateway
+    iperf3
     # visitors of the edge
     chromium nghttp2-client
     # disks of the emulated server (the emulator itself is an artifact of image-builder)
@@ -28,8 +30,8 @@ packages=(
 # Node may have come from elsewhere; then Debian's packages would not go with it.
 if ! command -v node >/dev/null; then packages+=(nodejs); fi
 if ! command -v npm >/dev/null; then packages+=(npm); fi
-# What `make bench` measures the gateway with and beside.
-if [ "${1:-}" = bench ]; then packages+=(iperf3 slirp4netns passt); fi
+# What `make bench` measures the gateway beside.
+if [ "${1:-}" = bench ]; then packages+=(slirp4netns passt); fi
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }

@@ -14,7 +14,9 @@ rows=$(awk '
     id != "" && /^  `[^`]+::[^`]+`$/ {
         name = $1; gsub(/`/, "", name)
         split(name, part, "::"); print "test", id, part[1], part[2]
-    }' "$page")
+        next
+    }
+    id != "" && /^  `/ { print "odd", id }' "$page")
 
 wrong=0 lines=0 tests=0 waiting=0
 complain() { printf '%s: %s\n' "$page" "$*"; wrong=$((wrong + 1)); }
@@ -28,6 +30,7 @@ while read -r what id file function; do
         [ "$number" = $((${last[$section]:-0} + 1)) ] || complain "$id does not follow ${section}${last[$section]:-0}"
         last[$section]=$number
         ;;
+    odd) complain "$id has a line that begins as the name of a test and goes on otherwise" ;;
     waits) waiting=$((waiting + 1)) kept[$id]=yes ;;
     test)
         tests=$((tests + 1)) kept[$id]=yes
