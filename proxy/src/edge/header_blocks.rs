@@ -5,7 +5,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -114,6 +114,11 @@ impl<T> Watched<T> {
             self.told = false;
             self.activity.head_ended();
         }
+    }
+
+    /// There is nothing more. Only then does a block that is open wait for the visitor: while an answer
+    /// cannot go out, hyper may not ask for what is long there.
+    fn waits(&mut self) {
         if self.blocks.open && !self.told {
             self.told = true;
             self.activity.head_began();
@@ -128,9 +133,13 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
-        self.note(buffer.filled().get(before..).unwrap_or_default());
-        Poll::Ready(Ok(()))
+        let read = Pin::new(&mut self.inner).poll_read(cx, buffer);
+        match &read {
+            Poll::Ready(Ok(())) => self.note(buffer.filled().get(before..).unwrap_or_default()),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.waits(),
+        }
+        read
     }
 }
 

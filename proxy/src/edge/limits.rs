@@ -10,6 +10,11 @@ pub struct Limits {
     pub connections: u32,
     /// Connections of one IPv4 address, or of one IPv6 /64.
     pub connections_per_network: u32,
+    /// Connections above those, over all visitors, whose requests are told that they are too many;
+    /// more are closed at once. They are closed after [`Limits::handshake`].
+    pub connections_told: u32,
+    /// Of these, connections of one network.
+    pub connections_told_per_network: u32,
     /// Requests and WebSockets over all visitors.
     pub requests: u32,
     /// Requests and WebSockets of one IPv4 address, or of one IPv6 /64.
@@ -58,6 +63,8 @@ impl Default for Limits {
         Self {
             connections: 16_384,
             connections_per_network: 512,
+            connections_told: 256,
+            connections_told_per_network: 16,
             requests: 32_768,
             requests_per_network: 2_048,
             requests_per_vm: 1_024,

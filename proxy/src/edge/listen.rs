@@ -101,10 +101,11 @@ async fn accept<G: Guests>(listener: TcpListener, speaks: Speaks, core: Arc<Core
     loop {
         match listener.accept().await {
             Ok((socket, peer)) => {
-                let Some(place) = core.places.take(peer.ip()) else {
+                let place = core.places.take(peer.ip());
+                if place.as_ref().is_none_or(Place::is_crowded) {
                     log_full(peer);
-                    continue;
-                };
+                }
+                let Some(place) = place else { continue };
                 let own = Arc::clone(&core);
                 core.tasks.spawn(async move {
                     match speaks {
@@ -138,7 +139,13 @@ async fn handshake<G: Guests>(
             }
         }
     };
-    match tokio::time::timeout(core.limits.handshake, handshake).await {
+    let limit = core.limits.handshake;
+    match tokio::time::timeout(limit, handshake).await {
+        Ok(Ok(Some(stream))) if place.is_crowded() => {
+            // All that it is told is there at once.
+            let served = connection::serve(core, stream, peer, place);
+            let _ = tokio::time::timeout(limit, served).await;
+        }
         Ok(Ok(Some(stream))) => connection::serve(core, stream, peer, place).await,
         Ok(Ok(None)) => tracing::info!(%peer, "an authority looked at the proof of a name"),
         Ok(Err(error)) => log_handshake(peer, &error.to_string()),

@@ -26,6 +26,7 @@ struct Taken {
 #[derive(Debug, Default)]
 struct Count {
     connections: u32,
+    told: u32,
     requests: u32,
 }
 
@@ -34,6 +35,8 @@ struct Count {
 pub(crate) struct Place {
     places: Arc<Places>,
     network: IpAddr,
+    /// It is one too many, and has none for requests.
+    crowded: bool,
 }
 
 /// One request's place.
@@ -56,18 +59,27 @@ impl Places {
         let network = network(address);
         let mut taken = self.lock();
         let Taken { all, by_network } = &mut *taken;
-        let most = self.limits.connections_per_network;
-        let before = by_network.get(&network).map_or(0, |own| own.connections);
-        if all.connections >= self.limits.connections || before >= most {
+        let limits = &self.limits;
+        let (connections, told) = by_network
+            .get(&network)
+            .map_or((0, 0), |own| (own.connections, own.told));
+        let crowded =
+            all.connections >= limits.connections || connections >= limits.connections_per_network;
+        if crowded
+            && (all.told >= limits.connections_told || told >= limits.connections_told_per_network)
+        {
             return None;
         }
-        let own = by_network.entry(network).or_default();
-        own.connections = own.connections.saturating_add(1);
-        all.connections = all.connections.saturating_add(1);
-        Some(Place {
+        let place = Place {
             places: Arc::clone(self),
             network,
-        })
+            crowded,
+        };
+        for count in [all, by_network.entry(network).or_default()] {
+            let count = place.kind()(count);
+            *count = count.saturating_add(1);
+        }
+        Some(place)
     }
 
     fn lock(&self) -> MutexGuard<'_, Taken> {
@@ -76,8 +88,25 @@ impl Places {
 }
 
 impl Place {
+    /// Whether the connection is above the limits, only to be told so.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.crowded
+    }
+
+    /// What it counts as.
+    fn kind(&self) -> fn(&mut Count) -> &mut u32 {
+        if self.crowded {
+            |count| &mut count.told
+        } else {
+            |count| &mut count.connections
+        }
+    }
+
     /// A place for a request on this connection.
     pub(crate) fn request(&self) -> Option<RequestPlace> {
+        if self.crowded {
+            return None;
+        }
         let mut taken = self.places.lock();
         let Taken { all, by_network } = &mut *taken;
         let limits = &self.places.limits;
@@ -101,7 +130,12 @@ impl Taken {
         if let Entry::Occupied(mut own) = self.by_network.entry(network) {
             let counted = count(own.get_mut());
             *counted = counted.saturating_sub(1);
-            if own.get().connections == 0 && own.get().requests == 0 {
+            let Count {
+                connections,
+                told,
+                requests,
+            } = own.get();
+            if connections + told + requests == 0 {
                 own.remove();
             }
         }
@@ -111,7 +145,7 @@ impl Taken {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut taken = self.places.lock();
-        taken.give_back(self.network, |count| &mut count.connections);
+        taken.give_back(self.network, self.kind());
     }
 }
 
@@ -131,6 +165,8 @@ mod tests {
         let limits = Limits {
             connections: 3,
             connections_per_network: 2,
+            connections_told: 3,
+            connections_told_per_network: 2,
             requests: 4,
             requests_per_network: 3,
             ..Limits::default()
@@ -139,16 +175,26 @@ mod tests {
         let take = |text: &str| places.take(text.parse().unwrap());
         let first = take("192.0.2.1").unwrap();
         let second = take("192.0.2.1").unwrap();
-        assert!(take("192.0.2.1").is_none());
+        assert!(!first.is_crowded() && !second.is_crowded());
+        let told: Vec<_> = (0..2).map(|_| take("192.0.2.1").unwrap()).collect();
+        assert!(
+            told.iter()
+                .all(|place| place.is_crowded() && place.request().is_none())
+        );
+        assert!(take("192.0.2.1").is_none(), "as many as are told");
         let third = take("2001:db8::1").unwrap();
-        assert!(take("2001:db8:1::1").is_none(), "over all");
+        assert!(!third.is_crowded());
+        let over_all = take("2001:db8:1::1").unwrap();
+        assert!(over_all.is_crowded(), "over all");
+        assert!(take("2001:db8:2::1").is_none(), "as many as are told");
+        drop((told, over_all));
         let mut requests: Vec<_> = (0..2).map(|_| first.request().unwrap()).collect();
         requests.push(second.request().unwrap());
         assert!(first.request().is_none(), "the network has three");
         requests.push(third.request().unwrap());
         assert!(third.request().is_none(), "over all");
         drop((first, third));
-        assert!(take("192.0.2.1").is_some());
+        assert!(!take("192.0.2.1").unwrap().is_crowded());
         assert!(second.request().is_none());
         requests.pop();
         requests.pop();

@@ -23,7 +23,7 @@ use super::{Core, Names};
 const CHALLENGES: &str = "/.well-known/acme-challenge/";
 
 /// Answers one request.
-pub(crate) async fn serve<G: Guests>(core: Arc<Core<G>>, stream: TcpStream, _place: Place) {
+pub(crate) async fn serve<G: Guests>(core: Arc<Core<G>>, stream: TcpStream, place: Place) {
     let names = core.names();
     let service = service_fn(|request: Request<Incoming>| {
         let names = Arc::clone(&names);
@@ -37,7 +37,12 @@ pub(crate) async fn serve<G: Guests>(core: Arc<Core<G>>, stream: TcpStream, _pla
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     // Also for who reads the answer slowly.
-    let _ = tokio::time::timeout(core.limits.idle, connection).await;
+    let limit = if place.is_crowded() {
+        core.limits.handshake
+    } else {
+        core.limits.idle
+    };
+    let _ = tokio::time::timeout(limit, connection).await;
 }
 
 fn answer(names: &Names, request: &Request<Incoming>) -> Response<Answer> {

@@ -101,6 +101,7 @@ pub(crate) fn call<G: Guests>(
         let html = wants_html(request.headers());
         let version = request.version();
         let peer = in_flight.connection.peer;
+        let crowded = in_flight.connection.place.is_crowded();
         let mut entry = Entry::begin(peer, request.method(), request.uri().path(), version);
         let mut in_flight = Some(in_flight);
         let result = match malformed {
@@ -109,13 +110,14 @@ pub(crate) fn call<G: Guests>(
         };
         let mut response = result.unwrap_or_else(|page| {
             let mut response = page.answer(html);
-            let close = matches!(
-                page,
-                Page::BadRequest(_)
-                    | Page::HeadTooLarge
-                    | Page::HeadTooSlow
-                    | Page::MethodNotAllowed
-            );
+            let close = crowded
+                || matches!(
+                    page,
+                    Page::BadRequest(_)
+                        | Page::HeadTooLarge
+                        | Page::HeadTooSlow
+                        | Page::MethodNotAllowed
+                );
             if close && version != Version::HTTP_2 {
                 let headers = response.headers_mut();
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -250,21 +250,44 @@ async fn one_address_takes_its_share_of_connections_and_leaves_others_theirs() {
             Err(_) => refused += 1,
         }
     }
-    assert_eq!((open.len(), refused), (100, 900));
-    let other = Some("127.0.0.2".parse().unwrap());
-    let mut stream = world.tls_from(other, &host, "http/1.1").await.unwrap();
+    // The last of them are told so.
+    assert_eq!((open.len(), refused), (116, 884));
     let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+    let mut told = open.split_off(100);
+    let stream = &mut told[0];
     stream.write_all(head.as_bytes()).await.unwrap();
-    assert!(
-        read_head(&mut stream)
-            .await
-            .unwrap()
-            .starts_with("HTTP/1.1 200 ")
-    );
-    drop(open);
+    let answer = read_head(stream).await.unwrap().to_lowercase();
+    assert!(answer.starts_with("http/1.1 503 "), "{answer}");
+    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    assert!(answer.contains("\r\nretry-after: "), "{answer}");
+    let mut page = String::new();
+    let _ = soon("the page's end", stream.read_to_string(&mut page)).await;
+    assert!(page.contains("too_many"), "{page}");
+    let other = Some("127.0.0.2".parse().unwrap());
+    for (stream, expected) in [
+        (&mut open[99], "HTTP/1.1 200 "),
+        (
+            &mut world.tls_from(other, &host, "http/1.1").await.unwrap(),
+            "HTTP/1.1 200 ",
+        ),
+        (&mut told[1], "HTTP/1.1 503 "),
+    ] {
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let answer = read_head(stream).await.unwrap();
+        assert!(answer.starts_with(expected), "{answer}");
+    }
+    drop((open, told));
     soon("places that come back", async {
-        while world.tls_from(None, &host, "http/1.1").await.is_err() {
-            tokio::task::yield_now().await;
+        loop {
+            let Ok(mut stream) = world.tls_from(None, &host, "http/1.1").await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let _ = stream.write_all(head.as_bytes()).await;
+            let answer = read_head(&mut stream).await;
+            if answer.is_some_and(|head| head.starts_with("HTTP/1.1 200 ")) {
+                break;
+            }
         }
     })
     .await;

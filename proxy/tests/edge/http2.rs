@@ -92,6 +92,62 @@ async fn a_head_that_does_not_end_is_not_excused_by_a_request_that_is_being_answ
 }
 
 #[tokio::test]
+async fn a_head_in_two_pieces_is_whole_when_both_are_there() {
+    let world = strict().await;
+    let vm = world
+        .vm_with(|_| std::future::pending::<Response<Body>>())
+        .await;
+    let host = vm.host();
+    let block = block(&host);
+    let (first, second) = block.split_at(3);
+    let whole = head(1, 1 | END_HEADERS, 1, &block);
+    for (begin, end) in [
+        // Two frames, or one that is cut.
+        (head(1, 1, 1, first), head(9, END_HEADERS, 1, second)),
+        (whole[..12].to_vec(), whole[12..].to_vec()),
+    ] {
+        let before = world.requests(&vm);
+        let mut stream = world.tls(&host, "h2").await;
+        stream.write_all(&[BEGIN, &begin].concat()).await.unwrap();
+        stream.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        stream.write_all(&end).await.unwrap();
+        let mut piece = [0; 1024];
+        let quiet = async { while stream.read(&mut piece).await.unwrap() > 0 {} };
+        let quiet = tokio::time::timeout(Duration::from_secs(1), quiet).await;
+        assert!(quiet.is_err(), "the connection was ended");
+        assert_eq!(world.requests(&vm), before + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_connection_too_many_is_told_so_and_not_kept() {
+    let world = World::with(|limits| {
+        limits.connections_per_network = 1;
+        limits.handshake = Duration::from_secs(1);
+        limits.idle = 100 * PATIENCE;
+    })
+    .await;
+    let vm = world.vm_that_tells().await;
+    let host = vm.host();
+    let _first = world.tls(&host, "h2").await;
+    let stream = TokioIo::new(world.tls(&host, "h2").await);
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
+            .await
+            .unwrap();
+    let connection = tokio::spawn(connection);
+    let request = Request::get(format!("https://{host}/")).body(full(""));
+    let asking = sender.send_request(request.unwrap());
+    let answer = soon("an answer", asking).await.unwrap();
+    assert_eq!(answer.status(), 503);
+    let got = soon("the page", crate::support::Got::of(answer)).await;
+    assert!(got.body.contains("too_many"), "{}", got.body);
+    let _ = soon("the connection's end", connection).await.unwrap();
+    assert_eq!(world.requests(&vm), 0);
+}
+
+#[tokio::test]
 async fn a_connection_to_a_guest_is_closed_when_it_is_idle_and_not_before() {
     let world = World::with(|limits| {
         limits.upstream_idle = Duration::from_millis(200);
