@@ -17,8 +17,8 @@ const PATH: usize = 120;
 #[derive(Debug)]
 pub(crate) struct Entry {
     peer: SocketAddr,
-    method: Method,
-    path: String,
+    /// None of one that could not be read.
+    asked: Option<(Method, String)>,
     version: Version,
     start: Instant,
     guest: Option<(VmId, u16)>,
@@ -28,12 +28,16 @@ impl Entry {
     pub(crate) fn begin(peer: SocketAddr, method: &Method, path: &str, version: Version) -> Self {
         Self {
             peer,
-            method: method.clone(),
-            path: path.chars().take(PATH).collect(),
+            asked: Some((method.clone(), path.chars().take(PATH).collect())),
             version,
             start: Instant::now(),
             guest: None,
         }
+    }
+
+    /// What was asked for could not be read.
+    pub(crate) fn malformed(&mut self) {
+        self.asked = None;
     }
 
     /// The request goes to this guest.
@@ -42,22 +46,28 @@ impl Entry {
     }
 
     /// The answer's head is known.
-    pub(crate) fn end(self, status: StatusCode) {
-        static QUIET: Quiet = Quiet::new();
-        let Some(left_out) = QUIET.allow() else {
-            return;
-        };
+    pub(crate) fn end(self, status: StatusCode, quiet: &Quiet) {
+        if let Some(left_out) = quiet.allow() {
+            self.write(status, left_out);
+        }
+    }
+
+    fn write(self, status: StatusCode, left_out: u64) {
         let milliseconds = self.start.elapsed().as_millis();
         let (vm, port) = match &self.guest {
             Some((vm, port)) => (vm.as_str(), *port),
             None => ("-", 0),
         };
+        let (method, path) = match &self.asked {
+            Some((method, path)) => (method.as_str(), path.as_str()),
+            None => ("-", "-"),
+        };
         tracing::info!(
             peer = %self.peer.ip(),
             vm,
             port,
-            method = self.method.as_str(),
-            path = ?self.path,
+            method,
+            path,
             version = ?self.version,
             status = status.as_u16(),
             milliseconds,

@@ -51,6 +51,8 @@ use root::Root;
 use route::Route;
 use tasks::Tasks;
 
+use crate::Quiet;
+
 /// The edge, listening where it was told to.
 #[derive(Debug)]
 pub struct Edge<G> {
@@ -90,6 +92,8 @@ struct Core<G> {
     tries: Tries,
     links: Links,
     tasks: Tasks,
+    /// The access log's allowance.
+    log: Quiet,
 }
 
 /// Under which names VMs are reached.
@@ -145,6 +149,7 @@ impl<G: Guests> Edge<G> {
                 pools: Pools::default(),
                 links: Links::default(),
                 tasks: Tasks::default(),
+                log: Quiet::new(),
             }),
             listening: Mutex::default(),
             tickets: tickets.ok(),

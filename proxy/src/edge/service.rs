@@ -105,7 +105,10 @@ pub(crate) fn call<G: Guests>(
         let mut entry = Entry::begin(peer, request.method(), request.uri().path(), version);
         let mut in_flight = Some(in_flight);
         let result = match malformed {
-            Some(malformed) => Err(malformed.into()),
+            Some(malformed) => {
+                entry.malformed();
+                Err(malformed.into())
+            }
             None => respond(&core, &mut in_flight, request, &mut entry).await,
         };
         let mut response = result.unwrap_or_else(|page| {
@@ -127,7 +130,7 @@ pub(crate) fn call<G: Guests>(
         if let Some(in_flight) = in_flight.take() {
             response.body_mut().hold(in_flight.answered());
         }
-        entry.end(response.status());
+        entry.end(response.status(), &core.log);
         Ok(response)
     })
 }

@@ -5,6 +5,7 @@
 mod access;
 mod hostile;
 mod http2;
+mod log;
 mod pages;
 mod pool;
 mod requests;

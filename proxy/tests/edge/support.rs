@@ -222,6 +222,10 @@ impl World {
         self.change(name, |vm| vm.ports.insert(port, Err(error)));
     }
 
+    pub(crate) fn id(&self, name: &Name) -> protocol::id::VmId {
+        self.change(name, |vm| vm.guest.vm.clone())
+    }
+
     /// Requests counted for the VM.
     pub(crate) fn requests(&self, name: &Name) -> u64 {
         self.change(name, |vm| vm.guest.requests.load(Ordering::SeqCst))
