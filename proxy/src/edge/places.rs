@@ -23,7 +23,7 @@ struct Taken {
     by_network: HashMap<IpAddr, Count>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Count {
     connections: u32,
     told: u32,
@@ -130,12 +130,7 @@ impl Taken {
         if let Entry::Occupied(mut own) = self.by_network.entry(network) {
             let counted = count(own.get_mut());
             *counted = counted.saturating_sub(1);
-            let Count {
-                connections,
-                told,
-                requests,
-            } = own.get();
-            if connections + told + requests == 0 {
+            if *own.get() == Count::default() {
                 own.remove();
             }
         }
