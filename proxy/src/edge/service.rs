@@ -271,12 +271,21 @@ async fn forward<G: Guests>(
         // 101, which nobody asked for.
         return Err(Page::BadAnswer);
     }
-    Ok(answer(response, Keep::new(lease, gate)))
+    answer(response, Keep::new(lease, gate))
 }
 
 /// The visitor's answer, made of the guest's.
-pub(super) fn answer(response: Response<Incoming>, keep: Keep) -> Response<Answer> {
+pub(super) fn answer(response: Response<Incoming>, keep: Keep) -> Result<Response<Answer>, Page> {
     let (head, body) = response.into_parts();
+    // hyper does not look at the length where there is no body, as in an answer to HEAD.
+    let lengths = head.headers.get_all(CONTENT_LENGTH);
+    let plain = |length: &HeaderValue| {
+        length.as_bytes().iter().all(u8::is_ascii_digit)
+            && length.to_str().is_ok_and(|text| text.parse::<u64>().is_ok())
+    };
+    if lengths.iter().count() > 1 || !lengths.iter().all(plain) {
+        return Err(Page::BadAnswer);
+    }
     let mut response = Response::new(Answer::streamed(body).keeping(keep));
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
@@ -284,7 +293,7 @@ pub(super) fn answer(response: Response<Incoming>, keep: Keep) -> Response<Answe
         response.extensions_mut().insert(reason.clone());
     }
     to_visitor(response.headers_mut());
-    response
+    Ok(response)
 }
 
 /// Sends who came by a link on, with the cookie.

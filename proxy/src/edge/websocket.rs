@@ -60,7 +60,7 @@ pub(super) async fn serve<G: Guests>(
         }
         // The connection is made for one WebSocket; it is not used again.
         drop(lease);
-        return Ok(answer(response, Keep::default()));
+        return answer(response, Keep::default());
     }
     let agreed = |headers: &HeaderMap| {
         let upgrade = headers.get(UPGRADE).map(HeaderValue::as_bytes);

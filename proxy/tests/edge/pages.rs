@@ -97,11 +97,27 @@ async fn a_guest_that_closes_early_or_speaks_no_http_is_a_502() {
         stream.write_all(answer).await.unwrap();
     });
     world.listens(&vm, 4, switches.await);
+    for (port, lengths) in [
+        (5, "Content-Length: +1\r\n"),
+        (6, "Content-Length: 99999999999999999999\r\n"),
+        (7, "Content-Length: 1\r\nContent-Length: 1\r\n"),
+    ] {
+        let unsure = raw_server(move |mut stream| async move {
+            read_head(&mut stream).await;
+            // Without a body, where the length says nothing to hyper.
+            let answer = format!("HTTP/1.1 304 Not Modified\r\n{lengths}\r\n");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        });
+        world.listens(&vm, port, unsure.await);
+    }
     for (port, code) in [
         (1, "closed_early"),
         (2, "closed_early"),
         (3, "bad_answer"),
         (4, "bad_answer"),
+        (5, "bad_answer"),
+        (6, "bad_answer"),
+        (7, "bad_answer"),
     ] {
         let got = world.get(&vm.at(port), &[]).await;
         assert_eq!(

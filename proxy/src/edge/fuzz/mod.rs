@@ -1,6 +1,7 @@
-//! What the fuzz target reaches of the edge: bytes of a visitor, through the shipped check, hyper and
+//! What fuzz targets reach of the edge: bytes of a visitor, through the shipped check, hyper and
 //! the way to the guest, to a program that takes nothing but the strictest HTTP/1.1. It must never
-//! read two requests where the edge sent one. Only cargo-fuzz and tests compile it.
+//! read two requests where the edge sent one. The other way round is in `answers`. Only cargo-fuzz and
+//! tests compile it.
 
 #![allow(
     clippy::arithmetic_side_effects,
@@ -9,6 +10,8 @@
     clippy::panic,
     clippy::unwrap_used
 )]
+
+mod answers;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -22,6 +25,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use super::guests::{ConnectError, Guest, Guests, Refusal};
 use super::limits::Limits;
 use super::{Edge, Names, connection};
+
+pub use answers::answers;
 
 const LABEL: &str = "abcdefghijklmnopqrst";
 const HOST: &str = "abcdefghijklmnopqrst.vm.test";
@@ -76,7 +81,7 @@ impl Guests for Strict {
     }
 }
 
-/// The program: one connection of it.
+/// The program: one connection of it. Also a visitor, who reads as strictly.
 struct Program {
     stream: DuplexStream,
     read: Vec<u8>,
@@ -174,7 +179,8 @@ impl Program {
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
         if chunked {
-            self.chunks().await?;
+            let claims = ["x-forwarded-", "x-real-ip", "forwarded", "x-supvm-", "host"];
+            self.chunks(&claims).await?;
         } else {
             self.skip(length.unwrap_or(0)).await?;
         }
@@ -182,7 +188,8 @@ impl Program {
             .await
     }
 
-    async fn chunks(&mut self) -> Result<(), Stop> {
+    /// A chunked body, in whose trailers nothing begins as `forbidden` says.
+    async fn chunks(&mut self, forbidden: &[&str]) -> Result<(), Stop> {
         loop {
             let line = self.line().await?;
             let Ok(size) = u64::from_str_radix(&line, 16) else {
@@ -203,8 +210,7 @@ impl Program {
                 return Ok(());
             }
             let (name, _) = field(&line)?;
-            let claims = ["x-forwarded-", "x-real-ip", "forwarded", "x-supvm-", "host"];
-            if claims.iter().any(|claim| name.starts_with(claim)) {
+            if forbidden.iter().any(|claim| name.starts_with(claim)) {
                 return broken("a trailer", &line);
             }
         }
@@ -301,27 +307,30 @@ pub fn visitor(bytes: &[u8]) -> usize {
         rest = &rest[at + HOST_MARK.len()..];
     }
     said.extend_from_slice(rest);
-    let size = match size {
-        0..=127 => usize::from(*size) + 1,
+    run(serve(&said, piece_size(*size)))
+}
+
+/// How many bytes are written at a time, of an input's first byte.
+fn piece_size(byte: u8) -> usize {
+    match byte {
+        0..=127 => usize::from(byte) + 1,
         _ => 16 * 1024,
-    };
+    }
+}
+
+fn run<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
         .unwrap();
     runtime.block_on(async {
-        let served = tokio::time::timeout(PATIENCE, serve(&said, size)).await;
+        let served = tokio::time::timeout(PATIENCE, future).await;
         served.expect("the edge hangs")
     })
 }
 
-async fn serve(said: &[u8], size: usize) -> usize {
-    let guests = Arc::new(Strict::default());
-    let limits = Limits {
-        expect: Duration::from_millis(1),
-        ..Limits::default()
-    };
-    let edge = Edge::new(Arc::clone(&guests), limits);
+/// A visitor's connection by HTTP/1.1, and what serves it.
+fn connect<G: Guests>(edge: &Edge<G>) -> (DuplexStream, impl Future<Output = ()> + use<G>) {
     *edge.core.names.write().unwrap() = Arc::new(Names {
         domain: "vm.test".into(),
         public_port: 443,
@@ -333,6 +342,17 @@ async fn serve(said: &[u8], size: usize) -> usize {
     let (ours, theirs) = duplex(16 * 1024);
     let core = Arc::clone(&edge.core);
     let serving = connection::speak(core, theirs, false, None, peer, place);
+    (ours, serving)
+}
+
+async fn serve(said: &[u8], size: usize) -> usize {
+    let guests = Arc::new(Strict::default());
+    let limits = Limits {
+        expect: Duration::from_millis(1),
+        ..Limits::default()
+    };
+    let edge = Edge::new(Arc::clone(&guests), limits);
+    let (ours, serving) = connect(&edge);
     let (mut hears, mut says) = tokio::io::split(ours);
     let speaking = async {
         for piece in said.chunks(size) {
