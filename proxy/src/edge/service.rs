@@ -281,7 +281,9 @@ pub(super) fn answer(response: Response<Incoming>, keep: Keep) -> Result<Respons
     let lengths = head.headers.get_all(CONTENT_LENGTH);
     let plain = |length: &HeaderValue| {
         length.as_bytes().iter().all(u8::is_ascii_digit)
-            && length.to_str().is_ok_and(|text| text.parse::<u64>().is_ok())
+            && length
+                .to_str()
+                .is_ok_and(|text| text.parse::<u64>().is_ok())
     };
     if lengths.iter().count() > 1 || !lengths.iter().all(plain) {
         return Err(Page::BadAnswer);
