@@ -283,6 +283,32 @@ async fn the_same_over_tls_and_only_with_the_token() {
 }
 
 #[tokio::test]
+async fn the_last_words_of_a_command_reach_a_client_that_is_still_writing() {
+    let appliance = Appliance::shared();
+    soon(async {
+        let client = appliance.client().await;
+        let (_, vm) = made(&client).await;
+        // When the agent is through and when the input arrives is another order every time.
+        for round in 0..100 {
+            let command = Command::argv(["echo", "said"]).stdin_pipe();
+            let mut run = vm.exec(command).await.unwrap();
+            let input = run.input();
+            let writing =
+                tokio::spawn(async move { while input.write(&[b'x'; 4096]).await.is_ok() {} });
+            let mut said = Vec::new();
+            while let Some(output) = run.next().await.expect("what it said") {
+                if let Output::Stdout(bytes) = output {
+                    said.extend(bytes);
+                }
+            }
+            assert_eq!(said, b"said\n", "round {round}");
+            writing.abort();
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn two_vms_see_nothing_of_each_other() {
     let appliance = Appliance::shared();
     soon(async {

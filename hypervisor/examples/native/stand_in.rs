@@ -236,25 +236,33 @@ fn join(host: UnixStream, guest: UnixStream) {
 }
 
 fn pass_on(mut from: UnixStream, mut to: UnixStream) {
-    let passed = copy(&mut from, &mut to);
-    let _ = to.shutdown(Shutdown::Write);
-    if passed.is_ok() {
-        // Nothing more comes from there; is anybody still listening there?
-        let mut gone = [PollFd::new(from.as_fd(), PollFlags::empty())];
-        while poll(&mut gone, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+    if copy(&mut from, &mut to) {
+        let _ = to.shutdown(Shutdown::Write);
+    } else {
+        // The other way goes on: one that takes no more may still have something to say.
+        let _ = from.shutdown(Shutdown::Read);
     }
+    // Nothing more goes this way; is anybody still listening there?
+    let mut gone = [PollFd::new(from.as_fd(), PollFlags::empty())];
+    while poll(&mut gone, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
     let _ = to.shutdown(Shutdown::Both);
     let _ = from.shutdown(Shutdown::Both);
 }
 
-fn copy(from: &mut UnixStream, to: &mut UnixStream) -> io::Result<()> {
+/// Until there is nothing more to read; false when it is not taken any more before that.
+fn copy(from: &mut UnixStream, to: &mut UnixStream) -> bool {
     let mut buffer = vec![0; 64 << 10];
     loop {
         match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => to.write_all(buffer.get(..count).unwrap_or_default())?,
+            Ok(0) => return true,
+            Ok(count) => {
+                let bytes = buffer.get(..count).unwrap_or_default();
+                if to.write_all(bytes).is_err() {
+                    return false;
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+            Err(_) => return true,
         }
     }
 }
