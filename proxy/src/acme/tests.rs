@@ -1,6 +1,8 @@
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -29,13 +31,9 @@ type Records = Arc<Mutex<(HashMap<String, Vec<String>>, usize)>>;
 /// A name server for everything: updates over TCP with the key above, TXT records over UDP.
 async fn name_server() -> (SocketAddr, Records) {
     let records = Records::default();
-    let (udp, tcp) = loop {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
-            break (udp, tcp);
-        }
-    };
-    let address = udp.local_addr().unwrap();
+    let address = own_address();
+    let udp = UdpSocket::bind(address).await.unwrap();
+    let tcp = TcpListener::bind(address).await.unwrap();
     let shown = Arc::clone(&records);
     tokio::spawn(async move {
         let mut buffer = [0; 4096];
@@ -77,7 +75,7 @@ fn answered(records: &Records, query: &Message) -> Vec<u8> {
         }
     }
     if asked.query_type() == RecordType::A {
-        let data = RData::A(std::net::Ipv4Addr::LOCALHOST.into());
+        let data = RData::A(Ipv4Addr::LOCALHOST.into());
         message.add_answer(Record::from_rdata(asked.name().clone(), 1, data));
     }
     message.add_query(asked);
@@ -202,13 +200,34 @@ async fn a_name_server_that_is_gone_or_answers_nonsense_is_named() {
     assert!(matches!(error, UpdateError::Unreachable { .. }), "{error}");
 }
 
+/// Where nobody else listens nor calls from: every process has an address of its own in the loopback
+/// network, so that no port can be taken between its choice and its use.
+fn own_address() -> SocketAddr {
+    static PORT: AtomicU16 = AtomicU16::new(5000);
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let address = Ipv4Addr::new(127, 64 | high, middle, low);
+    (address, PORT.fetch_add(1, Ordering::Relaxed)).into()
+}
+
 /// Ends pebble with the test.
-struct Pebble(Child);
+struct Pebble {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Pebble {
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+}
 
 impl Drop for Pebble {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}", self.said());
+        }
     }
 }
 
@@ -229,30 +248,23 @@ async fn pebble(
     )
     .unwrap();
     let key = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()])
+    let listen = own_address();
+    let leaf = CertificateParams::new(vec![listen.ip().to_string()])
         .unwrap()
         .signed_by(&key, &issuer)
         .unwrap();
     let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
     std::fs::write(path("cert.pem"), leaf.pem()).unwrap();
     std::fs::write(path("key.pem"), key.serialize_pem()).unwrap();
-    // A port that was free a moment ago.
-    let free = || {
-        std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-    };
-    let (listen, management) = (free(), free());
     let config = serde_json::json!({ "pebble": {
         "listenAddress": listen.to_string(),
-        "managementListenAddress": management.to_string(),
         "certificate": path("cert.pem"),
         "privateKey": path("key.pem"),
         "httpPort": 5002,
         "tlsPort": tls_port,
     }});
     std::fs::write(path("config.json"), config.to_string()).unwrap();
+    let log = std::fs::File::create(directory.join("log")).unwrap();
     let child = Command::new("pebble")
         .args([
             "-config",
@@ -263,12 +275,19 @@ async fn pebble(
         .args(["-strict"])
         .env("PEBBLE_VA_NOSLEEP", "1")
         .env("PEBBLE_AUTHZREUSE", "0")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        // In percent. Of twenty times more, three in a row would be met too often.
+        .env("PEBBLE_WFE_NONCEREJECT", "1")
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
         .spawn()
         .expect("pebble is not installed: apt-get install pebble");
-    let pebble = Pebble(child);
+    let mut pebble = Pebble {
+        child,
+        log: directory.join("log"),
+    };
     while tokio::net::TcpStream::connect(listen).await.is_err() {
+        let ended = pebble.child.try_wait().unwrap();
+        assert!(ended.is_none(), "{}", pebble.said());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     (

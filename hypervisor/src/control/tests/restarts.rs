@@ -103,6 +103,8 @@ async fn a_create_that_was_cut_off_leaves_nothing_and_can_be_repeated() {
     world.supervisor.guests_are(Guest::Good);
     world.start().await;
     eventually(|| world.names("vms").is_empty() && world.supervisor.runs().is_empty()).await;
+    // It is a VM no more before its files are gone.
+    eventually(|| world.names("staging").is_empty()).await;
     eventually(|| world.supervisor.state().ended.is_empty()).await;
     world.assert_nothing_left().await;
     let made = world.create(&create(1)).await.unwrap();
