@@ -12,7 +12,9 @@ use client::protocol::network::{Egress, Publication, RuleAction};
 use client::protocol::process::{ProcessEnd, ProcessEnded};
 use client::protocol::vm::{EndReason, VmInfo, VmRef, VmState};
 use client::protocol::{ErrorCode, Fault};
-use client::{Client, ClientError, Command, Output, ReadFrom, Side, Vm, new_vm, parse_rule};
+use client::{
+    Client, ClientError, Command, Execution, Output, ReadFrom, Side, Vm, new_vm, parse_rule,
+};
 use native::{Appliance, soon};
 
 fn by_id(vm: &VmInfo) -> VmRef {
@@ -44,7 +46,11 @@ async fn until(client: &Client, vm: &VmInfo, holds: impl Fn(&VmInfo) -> bool) ->
 }
 
 async fn shell(vm: &Vm, line: &str) -> (String, ProcessEnded) {
-    let mut run = vm.exec(Command::shell(line)).await.unwrap();
+    heard(vm.exec(Command::shell(line)).await.unwrap()).await
+}
+
+/// What a command says until it has ended.
+async fn heard(mut run: Execution) -> (String, ProcessEnded) {
     let mut text = Vec::new();
     while let Some(output) = run.next().await.unwrap() {
         if let Output::Stdout(bytes) | Output::Stderr(bytes) = output {
@@ -291,17 +297,12 @@ async fn the_last_words_of_a_command_reach_a_client_that_is_still_writing() {
         // When the agent is through and when the input arrives is another order every time.
         for round in 0..100 {
             let command = Command::argv(["echo", "said"]).stdin_pipe();
-            let mut run = vm.exec(command).await.unwrap();
+            let run = vm.exec(command).await.unwrap();
             let input = run.input();
             let writing =
                 tokio::spawn(async move { while input.write(&[b'x'; 4096]).await.is_ok() {} });
-            let mut said = Vec::new();
-            while let Some(output) = run.next().await.expect("what it said") {
-                if let Output::Stdout(bytes) = output {
-                    said.extend(bytes);
-                }
-            }
-            assert_eq!(said, b"said\n", "round {round}");
+            let (text, _) = heard(run).await;
+            assert_eq!(text, "said\n", "round {round}");
             writing.abort();
         }
     })

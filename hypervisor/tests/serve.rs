@@ -213,8 +213,8 @@ fn a_state_directory_has_one_supervisor_and_settings_are_checked_first() {
     assert!(!served.path("other").exists());
 }
 
-/// Where nobody else listens nor calls from: every process has an address of its own in the loopback
-/// network, so that no port can be taken between its choice and its use.
+/// Where nobody else comes to listen: every process has an address of its own in the loopback
+/// network, and who takes any port gets one above 32,767.
 fn own_address(port: u16) -> SocketAddr {
     let [_, high, middle, low] = std::process::id().to_be_bytes();
     (Ipv4Addr::new(127, 64 | high, middle, low), port).into()
@@ -235,7 +235,8 @@ fn program(name: &str, arguments: &[&str]) -> Program {
         .args(arguments)
         .env("PEBBLE_VA_NOSLEEP", "1")
         .env("PEBBLE_AUTHZREUSE", "0")
-        // In percent. Of twenty times more, three in a row would be met too often.
+        // In percent, 5 where nothing is said. The third refusal in a row fails an order, and there
+        // are many requests.
         .env("PEBBLE_WFE_NONCEREJECT", "1")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -255,7 +256,7 @@ fn pebble(directory: &Path, edge: SocketAddr, life: u64) -> (Program, Program, S
         KeyPair::generate().unwrap(),
     )
     .unwrap();
-    let (listen, names) = (own_address(5000), own_address(53).to_string());
+    let (listen, names) = (own_address(25_000), own_address(25_053).to_string());
     let key = KeyPair::generate().unwrap();
     let leaf = CertificateParams::new(vec![listen.ip().to_string()])
         .unwrap()
@@ -368,7 +369,7 @@ fn the_domains_certificate_is_ordered_shown_renewed_and_kept_and_no_connection_e
     const DOMAIN: &str = "vms.example.org";
     const SECRET: &str = "abcdefghijklmnopqrst.vms.example.org";
     let files = tempfile::tempdir().unwrap();
-    let edge = own_address(443);
+    let edge = own_address(25_443);
     let (_servers, _authority, acme) = pebble(files.path(), edge, 20);
     let served = Served::with(&format!(
         "domain = \"{DOMAIN}\"\nedge = {{ listen = \"{edge}\", http = \"\" }}\n{acme}"
